@@ -1,0 +1,50 @@
+# Each target makes its own virtual environment first; that takes under a second when it is there.
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all test-fast test-slow test-floor lint benchmark constraints \
+        environment clean
+
+PYTHON := .venv/bin/python
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS ?= $(shell test $(CORES) -gt 4 && echo 4 || echo $(CORES))
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal --durations 15 $(ARGS)
+CPU = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+quickstart: environment ## train a small hybrid model on the standard library's sources
+	$(PYTHON) -m memjax.train --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
+
+test: lint test-fast ## lint and the fast tests; ARGS="-k name" is passed to pytest
+
+test-all: test test-slow ## everything: the full product of cells, forms and wrappers too
+
+test-fast: environment
+	$(CPU) $(PYTHON) $(PYTEST) -m "not slow"
+
+test-slow: environment # pytest says 5 when no test is marked slow
+	$(CPU) $(PYTHON) $(PYTEST) -m slow || test $$? -eq 5
+
+test-floor: ## the fast tests on the oldest versions that are supported, with Python 3.11
+	@.ci/environment .venv-floor constraints-floor.txt 3.11
+	$(CPU) .venv-floor/bin/python $(PYTEST) -m "not slow"
+
+lint: environment ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+benchmark: environment ## speed and peak memory of the cells' forms
+	$(PYTHON) -m memjax.benchmark $(ARGS)
+
+constraints: ## look up the newest versions again (needs uv and a network)
+	{ echo '# The versions that memjax is tested with. Written by "make constraints".'; \
+	  uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
+	    --extra dev --extra logging --extra notebooks --extra tfds pyproject.toml; \
+	} >constraints.new && mv constraints.new constraints.txt
+
+environment:
+	@.ci/environment
+
+clean: ## remove the environments and the caches; runs/ stays
+	rm -rf .venv .venv-floor .venv.lock .venv-floor.lock .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

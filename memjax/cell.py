@@ -1,0 +1,190 @@
+"""The memory cell: what it is to write a key-value pair into a memory and to read it.
+
+A cell is defined for one memory (one head of one sequence) and one token by `init_state`,
+`write` and `read`. Its sequence forms take whole batches and agree with `scan` in values and
+gradients. `run` is the only thing that models call.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from memjax.recurrence import accumulator_dtype, memories, per_head, promote, scan_tokens
+from memjax.typing import Array, Bool, DTypeLike, PRNGKeyArray, PyTree
+
+FORMS = ("pallas", "chunked", "scan")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryCell:
+    """Base of all memories: hyper-parameters only, hashable and printable.
+
+    A subclass defines `init_state`, `write`, `read`; it overrides `step` when it reads before it
+    writes, `init_params` when the memory has weights of its own, `chunked` and `pallas` when it
+    has faster forms of the same recurrence. `scan` is derived and never overridden.
+
+    Shapes of one token of one head: params and state are the cell's own trees, x is its inputs'
+    NamedTuple with the axes [B, T, h] taken off. Sequence forms: params [H, ...], state
+    [B, H, ...] or None for the initial one, xs leaves [B, T, h, ...], reset [B, T] or None,
+    write [B, T] or [B, T, h] or None. Every function that returns both returns (y, state).
+    """
+
+    def init_params(self, key: PRNGKeyArray, heads: int) -> PyTree:
+        """Weights of the memory itself, every leaf [heads, ...]; {} when it has none."""
+        del key, heads
+        return {}
+
+    def init_state(self, params: PyTree) -> PyTree:
+        """The state of one memory before its first token."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state")
+
+    def write(self, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
+        """The state after one token."""
+        raise NotImplementedError(f"{type(self).__name__} must define write")
+
+    def read(self, params: PyTree, state: PyTree, x: PyTree) -> Array:
+        """What the memory answers to the query in x; uses the query leaves of x only."""
+        raise NotImplementedError(f"{type(self).__name__} must define read")
+
+    def step(self, params: PyTree, state: PyTree, x: PyTree) -> tuple[Array, PyTree]:
+        """One token: write, then read. The definition of the cell."""
+        state = self.write(params, state, x)
+        return self.read(params, state, x), state
+
+    def fresh(self, params: PyTree, dtype: DTypeLike) -> PyTree:
+        """The initial state of one memory for accumulators of `dtype` (float32 or float64)."""
+        state = self.init_state(params)
+        return promote(state, dtype) if dtype == jnp.float64 else state
+
+    @per_head
+    def scan(self, params, state, xs, reset, write):
+        """The sequential reference: `step`, token by token."""
+        dtype = accumulator_dtype(params, state, xs)
+        params = promote(params, dtype)
+        fresh = self.fresh(params, dtype)
+        output = jax.tree.leaves(xs)[0].dtype
+
+        def step(state, x):
+            y, state = self.step(params, state, promote(x, dtype))
+            return y.astype(output), state
+
+        def read(state, x):
+            return self.read(params, state, promote(x, dtype)).astype(output)
+
+        return scan_tokens(step, read, fresh, fresh if state is None else state, xs, reset, write)
+
+    def chunked(self, params, state, xs, reset, write):
+        """Parallel over chunks of tokens, in plain JAX."""
+        raise NotImplementedError(f"{type(self).__name__} has no chunked form; use 'scan'")
+
+    def pallas(self, params, state, xs, reset, write):
+        """A kernel for the accelerator at hand."""
+        raise NotImplementedError(f"{type(self).__name__} has no Pallas kernel; use 'chunked'")
+
+
+def run(
+    cell: MemoryCell,
+    params: PyTree,
+    xs: PyTree,
+    *,
+    state: PyTree | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    write: Bool[Array, "B T"] | Bool[Array, "B T h"] | None = None,
+    implementation: str | tuple[str, ...] | None = None,
+    differentiate: bool = True,
+) -> tuple[Array, PyTree]:
+    """Runs a memory over a batch of sequences, or over one token of each when decoding.
+
+    Args:
+      cell: the memory.
+      params: its own weights, every leaf [H, ...]; {} when it has none.
+      xs: its inputs, leaves [B, T, h, ...]. H counts memories; each h divides the next larger
+        one and the largest is H, so a leaf that several heads share is not repeated.
+      state: the state carried in, leaves [B, H, ...]; None for the initial state.
+      reset: True where a token is the first of a document: the memory is emptied before the
+        token is written.
+      write: False where a token only reads; the memory stays bit-identical.
+      implementation: "scan", "chunked" or "pallas"; a tuple of them is tried in order; None
+        chooses. Every form gives the same result.
+      differentiate: whether gradients will be taken; only guides the choice of the form.
+
+    Returns:
+      y [B, T, H, ...] in the dtype of the first leaf of xs, and the state after the last token.
+
+    Raises:
+      ValueError: shapes, dtypes or trees that do not fit, or an unknown implementation.
+      NotImplementedError: no form that was asked for serves this cell; all reasons are given.
+    """
+    length = _check(cell, params, xs, state, reset, write)
+    if implementation is None:
+        implementation = _choose(length)
+    if isinstance(implementation, str):
+        implementation = (implementation,)
+    reasons = []
+    for form in implementation:
+        if form not in FORMS:
+            raise ValueError(f"implementation {form!r}: allowed are {', '.join(FORMS)}, or None")
+        try:
+            return getattr(cell, form)(params, state, xs, reset, write)
+        except NotImplementedError as reason:
+            reasons.append(f"{form}: {reason}")
+    raise NotImplementedError("; ".join(reasons))
+
+
+def initial_state(
+    cell: MemoryCell, params: PyTree, batch: int, heads: int, dtype: DTypeLike = jnp.float32
+) -> PyTree:
+    """The state of `batch` x `heads` memories before their first token, leaves [B, H, ...]."""
+    one = jax.vmap(lambda p: cell.fresh(p, dtype), axis_size=heads)(params)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), one)
+
+
+def _choose(length: int) -> tuple[str, ...]:
+    """The forms to try: one token steps, anything longer goes chunk by chunk where it can."""
+    return ("scan",) if length == 1 else ("chunked", "scan")
+
+
+def _check(cell, params, xs, state, reset, write) -> int:
+    """Refuses inputs that do not fit together; returns T."""
+    name = type(cell).__name__
+    shapes = {jax.tree_util.keystr(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(xs)}
+    if not shapes or any(len(shape) < 3 for shape in shapes.values()):
+        raise ValueError(f"{name}: inputs must have leaves [B, T, h, ...]; given {shapes}")
+    leading = {shape[:2] for shape in shapes.values()}
+    if len(leading) > 1:
+        raise ValueError(f"{name}: inputs differ in their axes [B, T]; given {shapes}")
+    batch, length = leading.pop()
+    if length == 0:
+        raise ValueError(f"{name}: the sequence is empty (T = 0); give at least one token")
+    for label, mask in (("reset", reset), ("write", write)):
+        if mask is None:
+            continue
+        ranks = (2, 3) if label == "write" else (2,)
+        if mask.ndim not in ranks or mask.shape[:2] != (batch, length) or mask.dtype != bool:
+            raise ValueError(
+                f"{name}: {label} must be bool[{batch}, {length}]; given {mask.dtype}{mask.shape}"
+            )
+    if state is not None:
+        heads, dtype = memories(params, None, xs), accumulator_dtype(params, state, xs)
+        heads = max(heads, memories({}, state, xs))
+        _check_state(
+            name, state, jax.eval_shape(lambda p: initial_state(cell, p, batch, heads, dtype), params)
+        )
+    return length
+
+
+def _check_state(name: str, state: PyTree, expected: PyTree) -> None:
+    def describe(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p): f"{a.dtype}{list(a.shape)}" for p, a in leaves}
+
+    if jax.tree.structure(state) != jax.tree.structure(expected):
+        raise ValueError(
+            f"{name}: the state has another structure; given {jax.tree.structure(state)}, "
+            f"expected {jax.tree.structure(expected)}"
+        )
+    if describe(state) != describe(expected):
+        raise ValueError(
+            f"{name}: the state does not fit; given {describe(state)}, expected {describe(expected)}"
+        )

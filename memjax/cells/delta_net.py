@@ -1,0 +1,82 @@
+"""DeltaNet: each write first removes what its key already reads (the delta rule).
+
+    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T
+    y_t = scale S_t^T q_t                                       scale = K^-1/2
+
+Schlag et al. 2021, arXiv 2102.11174; in parallel over the sequence: Yang et al. 2024,
+arXiv 2406.06484. A contraction for ||k|| = 1 and beta in [0, 2]; beta > 1 gives the negative
+eigenvalues that state tracking needs (Grazzi et al. 2024, arXiv 2411.12537). Keys that are not
+normalised diverge once beta ||k||^2 > 2.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.cells._matrix import MatrixMemory, dot
+from memjax.nn.layers import Dense, l2_normalise
+from memjax.nn.mixer import ProjectionMixer
+from memjax.registry import CellSpec, Field, register
+from memjax.typing import Array
+
+
+class Inputs(NamedTuple):
+    """q, k: [B, T, h, K], k of unit norm; v: [B, T, h, V]; beta: [B, T, h] in [0, 2]."""
+
+    q: Array
+    k: Array
+    v: Array
+    beta: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet(MatrixMemory):
+    """State S [K, V]."""
+
+    def write(self, params, state, x):
+        error = x.v - dot("k,kv->v", x.k, state)
+        return state + jnp.outer(x.beta * x.k, error)
+
+
+class DeltaNetMixer(ProjectionMixer):
+    """q, k of unit norm; beta = beta_max sigmoid(W x) per head, in float32.
+
+    beta_max: 1, or 2 to allow negative eigenvalues.
+    """
+
+    beta_max: float = 1.0
+
+    def make_cell(self):
+        return DeltaNet(*self.sizes())
+
+    def setup(self):
+        super().setup()
+        if not 0 < self.beta_max <= 2:
+            raise ValueError(f"beta_max must lie in (0, 2]; given {self.beta_max}")
+        self.write_strength = Dense((self.heads,), ("heads",), std=self.std, dtype=self.dtype)
+
+    def inputs(self, x, state, ctx):
+        q, k, v, state = self.project(x, state, ctx)
+        if not self.convolution:
+            q, k = jax.nn.silu(q), jax.nn.silu(k)
+        beta = self.beta_max * jax.nn.sigmoid(self.write_strength(x).astype(jnp.float32))
+        return Inputs(l2_normalise(q), l2_normalise(k), v, beta), state
+
+
+register(
+    CellSpec(
+        name="delta_net",
+        cell=lambda: DeltaNet(8, 6),
+        inputs=Inputs,
+        fields={
+            "q": Field("K", "query"),
+            "k": Field("K", "key"),
+            "v": Field("V", "value"),
+            "beta": Field("", "rate", 0.0, 2.0),
+        },
+        mixer=DeltaNetMixer,
+        paper="Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv 2406.06484",
+    )
+)

@@ -1,0 +1,116 @@
+"""Linear attention: an additive key-value memory.
+
+    S_t = S_{t-1} + phi(k_t) v_t^T
+    y_t = scale S_t^T phi(q_t)                                  scale = K^-1/2
+    y_t = S_t^T phi(q_t) / (phi(q_t) . z_t + 1e-10), z_t = z_{t-1} + phi(k_t)      normalised
+
+Katharopoulos et al. 2020, arXiv 2006.16236, Eq. 16-18. It is stable for any input, and its state
+grows with the number of tokens. The feature map must be positive for the normalised form.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.cells._matrix import MatrixMemory, dot
+from memjax.nn.layers import l2_normalise
+from memjax.nn.mixer import ProjectionMixer
+from memjax.recurrence import per_head
+from memjax.registry import CellSpec, Field, register
+from memjax.typing import Array, Float
+
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "elu_plus_one": lambda x: jax.nn.elu(x) + 1,
+    "silu_l2": lambda x: l2_normalise(jax.nn.silu(x)),
+}
+
+
+class Inputs(NamedTuple):
+    """q, k: [B, T, h, K]; v: [B, T, h, V]."""
+
+    q: Array
+    k: Array
+    v: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttention(MatrixMemory):
+    """State S [K, V]; with `normalise` [K, V + 1], whose last column is the normaliser z.
+
+    feature_map: phi, "identity", "elu_plus_one" or "silu_l2" (SiLU, then unit L2 norm).
+    normalise: divide the read-out by phi(q) . z, the sum of its weights; `scale` is not used.
+    """
+
+    feature_map: str = "identity"
+    normalise: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.feature_map not in FEATURE_MAPS:
+            allowed = ", ".join(FEATURE_MAPS)
+            raise ValueError(f"feature_map {self.feature_map!r}: allowed are {allowed}")
+
+    def init_state(self, params) -> Float[Array, "K V"]:
+        return jnp.zeros((self.key_dim, self.value_dim + self.normalise), jnp.float32)
+
+    def write(self, params, state, x):
+        x = self._features(x)
+        return state + jnp.outer(x.k, x.v)
+
+    def read(self, params, state, x):
+        x = self._features(x)
+        return self._normalised(dot("k,kv->v", x.q, state))
+
+    @per_head
+    def chunked(self, params, state, xs, reset, write):
+        """The chunk form of `MatrixMemory` on the features."""
+        dtype = xs.q.dtype
+        y, state = self._chunks(params, state, self._features(xs), reset, write)
+        return self._normalised(y).astype(dtype), state
+
+    def _features(self, x: Inputs) -> Inputs:
+        phi = FEATURE_MAPS[self.feature_map]
+        v = x.v
+        if self.normalise:  # z accumulates as one more column of values, all ones
+            v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+        return Inputs(phi(x.q), phi(x.k), v)
+
+    def _normalised(self, y):
+        if not self.normalise:
+            return self._scale * y
+        return y[..., :-1] / (y[..., -1:] + 1e-10)
+
+
+class LinearAttentionMixer(ProjectionMixer):
+    """Projections, short convolution and output norm around linear attention."""
+
+    feature_map: str = "silu_l2"
+    normalise: bool = False
+
+    def make_cell(self):
+        return LinearAttention(
+            *self.sizes(), feature_map=self.feature_map, normalise=self.normalise
+        )
+
+    def inputs(self, x, state, ctx):
+        q, k, v, state = self.project(x, state, ctx)
+        return Inputs(q, k, v), state
+
+
+register(
+    CellSpec(
+        name="linear_attention",
+        cell=lambda: LinearAttention(8, 6),
+        variants={
+            "elu": lambda: LinearAttention(8, 6, feature_map="elu_plus_one", normalise=True),
+            "silu_l2": lambda: LinearAttention(8, 6, feature_map="silu_l2"),
+        },
+        inputs=Inputs,
+        fields={"q": Field("K", "query"), "k": Field("K", "key"), "v": Field("V", "value")},
+        mixer=LinearAttentionMixer,
+        paper="Katharopoulos et al. 2020, arXiv 2006.16236",
+    )
+)

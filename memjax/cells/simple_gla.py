@@ -1,0 +1,74 @@
+"""Simple gated linear attention: linear attention with one data-dependent decay per head.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T,   g_t <= 0
+    y_t = scale S_t^T q_t                                       scale = K^-1/2
+
+The core of Mamba-2 (Dao & Gu 2024, arXiv 2405.21060, Eq. 6, with k = B, q = C, v = dt x,
+g = dt A, scale = 1) and of Lightning attention; RetNet with a constant g. Stable for g <= 0.
+The mixer's decay is Mamba-2's; unit-norm q and k are our choice.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.cells._matrix import MatrixMemory
+from memjax.nn.layers import LogDecay, l2_normalise
+from memjax.nn.mixer import ProjectionMixer
+from memjax.registry import CellSpec, Field, register
+from memjax.typing import Array
+
+
+class Inputs(NamedTuple):
+    """q, k: [B, T, h, K]; v: [B, T, h, V]; g: [B, T, h], log decay <= 0."""
+
+    q: Array
+    k: Array
+    v: Array
+    g: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SimpleGLA(MatrixMemory):
+    """State S [K, V]."""
+
+    def write(self, params, state, x):
+        return jnp.exp(x.g) * state + jnp.outer(x.k, x.v)
+
+
+class SimpleGLAMixer(ProjectionMixer):
+    """Unit-norm queries and keys, Mamba-2's decay, output RMSNorm gated by SiLU."""
+
+    gate: str = "silu"
+
+    def make_cell(self):
+        return SimpleGLA(*self.sizes())
+
+    def setup(self):
+        super().setup()
+        self.log_decay = LogDecay(self.heads, std=self.std, low=1.0)
+
+    def inputs(self, x, state, ctx):
+        q, k, v, state = self.project(x, state, ctx)
+        if not self.convolution:
+            q, k = jax.nn.silu(q), jax.nn.silu(k)
+        return Inputs(l2_normalise(q), l2_normalise(k), v, self.log_decay(x)), state
+
+
+register(
+    CellSpec(
+        name="simple_gla",
+        cell=lambda: SimpleGLA(8, 6),
+        inputs=Inputs,
+        fields={
+            "q": Field("K", "query"),
+            "k": Field("K", "key"),
+            "v": Field("V", "value"),
+            "g": Field("", "log_decay"),
+        },
+        mixer=SimpleGLAMixer,
+        paper="Dao & Gu 2024, arXiv 2405.21060; Yang et al. 2023, arXiv 2312.06635",
+    )
+)

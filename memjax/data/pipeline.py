@@ -1,0 +1,165 @@
+"""Batches of the common format from documents and from task sources, with grain's Dataset API.
+
+A batch is a dict of numpy arrays: inputs int32[B,T], targets int32[B,T] (the token that the output
+at t predicts), mask bool[B,T] (whether it is scored) and, for text, reset bool[B,T] (the input at t
+is the first token of a document). A task's further arrays pass through.
+
+Training batches come from a grain IterDataset, whose iterators save and restore their place with
+`get_state` and `set_state`. Evaluation is a fixed finite list of batches of the same shapes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from memjax.data import tokens as byte_tokens
+
+Batch = dict[str, np.ndarray]
+
+
+class Documents:
+    """Random-access source of documents for grain."""
+
+    def __init__(self, texts: Sequence[bytes]):
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.texts[index]
+
+
+def examples(packed: dict[str, np.ndarray]) -> Batch:
+    """Rows of T + 1 tokens (tokens, start: [..., T+1]) as inputs and shifted targets ([..., T]).
+
+    A document's first token is never scored (nothing predicts it), nor is padding.
+    """
+    tokens, start = packed['tokens'].astype(np.int32), packed['start'].astype(bool)
+    targets = tokens[..., 1:]
+    return {
+        'inputs': tokens[..., :-1],
+        'targets': targets,
+        'mask': (targets != byte_tokens.PAD) & ~start[..., 1:],
+        'reset': start[..., :-1],
+    }
+
+
+def text_rows(
+    texts: Sequence[bytes],
+    *,
+    length: int,
+    batch: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 0,
+) -> grain.IterDataset:
+    """Endless training batches of packed documents.
+
+    Documents are shuffled anew each epoch, then dealt to the shards, then laid end to end and cut
+    into rows of T + 1 tokens. A row may begin inside a document: `reset` is False there.
+
+    Args:
+      texts: the documents.
+      length: T, tokens of a row.
+      batch: B, rows of one batch of this shard.
+      seed: of the shuffle.
+      shard: (index, count) of this data shard.
+      workers: processes that pack; 0 packs in this one. It is part of the order of the data.
+    """
+    documents = grain.MapDataset.source(Documents(texts)).seed(seed).shuffle().repeat(None)
+    # Shuffle before slicing: a shard's documents then do not depend on how the files are ordered.
+    documents = documents[shard[0] :: shard[1]].map(byte_tokens.document)
+    row = {'tokens': length + 1, 'start': length + 1}
+    packed = grain.experimental.ConcatThenSplitIterDataset(_here(documents), length_struct=row)
+    rows = packed.batch(batch, drop_remainder=True).map(examples)
+    if workers:
+        _parse_absl_flags()
+        rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return rows
+
+
+def task_rows(source: Any, *, batch: int, shard: tuple[int, int] = (0, 1)) -> grain.IterDataset:
+    """Endless batches of a task source in the order of its index.
+
+    Global batch b of n shards holds examples b*n*B to (b+1)*n*B - 1, of which shard i takes every
+    n-th from the i-th.
+
+    Args:
+      source: random access; `source[i]` is a dict of arrays [T].
+      batch: B, rows of one batch of this shard.
+      shard: (index, count) of this data shard.
+    """
+    dataset = grain.MapDataset.source(source).repeat(None)[shard[0] :: shard[1]]
+    return _here(dataset).batch(batch, drop_remainder=True)
+
+
+class TextEvaluation:
+    """Held-out documents laid end to end in order, in rows that overlap by one token.
+
+    Row r covers tokens [rT, rT + T], so that every byte is the scored target of exactly one
+    position; the last row is padded with unscored tokens.
+    """
+
+    def __init__(self, texts: Sequence[bytes], length: int):
+        parts = [byte_tokens.document(text) for text in texts]
+        self._stream = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+        self._length = length
+
+    def __len__(self) -> int:
+        return math.ceil((len(self._stream['tokens']) - 1) / self._length)
+
+    def __getitem__(self, index: int) -> Batch:
+        first = index * self._length
+        row = {}
+        for key, stream in self._stream.items():
+            window = stream[first : first + self._length + 1]
+            row[key] = np.pad(window, (0, self._length + 1 - len(window)))
+        return examples(row)
+
+
+def evaluation_batches(
+    rows: Any,
+    *,
+    count: int,
+    batch: int,
+    shard: tuple[int, int] = (0, 1),
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of the first `count` rows in order, all of one shape.
+
+    The last is filled up with rows of zeros, whose mask is False. Every shard yields as many
+    batches as the others.
+
+    Args:
+      rows: random access; `rows[i]` is a dict of arrays [T].
+      count: number of rows to cover.
+      batch: rows of one batch of this shard.
+      shard: (index, count) of this data shard.
+      limit: at most so many batches, spread evenly over the rows; None yields all.
+    """
+    everyone = batch * shard[1]
+    total = math.ceil(count / everyone)
+    blank = {key: np.zeros_like(value) for key, value in rows[0].items()}
+    kept = total if limit is None else min(limit, total)
+    for number in range(kept):
+        first = number * total // kept * everyone
+        indices = range(first + shard[0], first + everyone, shard[1])
+        chosen = [rows[i] if i < count else blank for i in indices]
+        yield {key: np.stack([row[key] for row in chosen]) for key in blank}
+
+
+def _here(dataset):
+    """Read in the caller's thread: packing costs microseconds, and threads would take a core."""
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+
+def _parse_absl_flags():
+    """grain's workers read absl flags, which nothing has parsed in a notebook, pytest or script."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

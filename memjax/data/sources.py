@@ -1,0 +1,210 @@
+"""`make`: from `config.data` to training batches, evaluation batches and their fingerprint."""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+
+from memjax import tasks
+from memjax.data import baselines, pipeline, text, tokens
+
+# What the pipeline does with the same settings; raised when a change of code changes the batches.
+_VERSION = 1
+
+_MQAR: dict[str, Any] = {
+    'length': 64,
+    'pairs': 8,
+    'vocab': 1024,
+    'power': 0.01,
+    'noise': True,
+    'eval_examples': 3000,
+}
+
+# The settings of each source, with their defaults; a default's type is the setting's type.
+SETTINGS: dict[str, dict[str, Any]] = {
+    'text': {'glob': '', 'length': 512, 'holdout': 0.05, 'workers': 0},
+    'mqar': _MQAR,
+    'forgetting_mqar': {**_MQAR, 'updates': 8},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A source of batches; their format is described in `memjax.data.pipeline`.
+
+    Attributes:
+      train: endless batches of this shard. `iter(train)` gives an iterator with `get_state` and
+        `set_state`; with workers, `close()` it after use.
+      evaluation: called with no argument it yields every evaluation batch, the same each time;
+        `evaluation(n)` yields at most n of them, spread evenly.
+      evaluation_count: number of batches of `evaluation()`.
+      vocab: number of tokens.
+      length: T, tokens of a row.
+      queries: scored positions of every row, or None where rows differ (text).
+      bytes_per_token: bytes that a scored target stands for, so that bits per byte are
+        nats per scored target / ln 2 / bytes_per_token; None where targets are no text.
+      decode: tokens to str, or None where tokens are no text.
+      baselines: computes reference figures by name: bits per byte of the held-out files for text,
+        the query accuracy of a guess among all values (`chance`) for tasks.
+      fingerprint: everything the order of the training data depends on, with its `hash`.
+    """
+
+    train: grain.IterDataset
+    evaluation: Callable[..., Iterator[pipeline.Batch]]
+    evaluation_count: int
+    vocab: int
+    length: int
+    queries: int | None
+    bytes_per_token: float | None
+    decode: Callable[..., str] | None
+    baselines: Callable[[], dict[str, float]]
+    fingerprint: dict[str, Any]
+
+
+def make(
+    config_data: Mapping[str, Any], *, batch: int, seed: int, shard: tuple[int, int] = (0, 1)
+) -> Data:
+    """The data that `config_data` describes.
+
+    The held-out files and a task's evaluation examples do not depend on `seed`, so that runs with
+    different seeds are measured on the same data.
+
+    Args:
+      config_data: `name`, one of `SETTINGS`, and any of that source's settings; a setting that is
+        left out has its default.
+      batch: rows of a step over all shards together; each shard gets batch / shards of them.
+      seed: of the training order (text) or of the training examples (tasks), 0 to 2**32 - 1.
+      shard: (index, count) of the data shard to make.
+
+    Raises:
+      ValueError: an unknown source or setting, a value of the wrong type or out of range, a batch
+        that the shards do not divide, or files that do not allow a split.
+    """
+    name, settings = _settings(config_data)
+    index, count = shard
+    _check(isinstance(seed, numbers.Integral) and 0 <= seed < 2**32,
+           f'seed={seed}', 'an integer from 0 to 2**32 - 1', 'choose another')  # fmt: skip
+    _check(isinstance(count, numbers.Integral) and 0 <= index < count,
+           f'shard={shard}', '(index, count) with 0 <= index < count', 'count from 0')  # fmt: skip
+    _check(isinstance(batch, numbers.Integral) and batch >= 1 and batch % count == 0,
+           f'batch={batch} over {count} data shard(s)', 'a positive multiple of the shards',
+           f'use {max(1, round(batch / count)) * count}')  # fmt: skip
+    order = {'seed': int(seed), 'batch': int(batch), 'shards': int(count), 'pipeline': _VERSION}
+    build = _text if name == 'text' else functools.partial(_task, name)
+    return build(settings, batch // count, int(seed), (int(index), int(count)), order)
+
+
+def _text(settings, batch, seed, shard, order):
+    length, workers = settings['length'], settings['workers']
+    _check(length >= 1, f'data.length={length}', 'at least 1', 'use 512')
+    _check(workers >= 0, f'data.workers={workers}', 'at least 0', 'use 0 to pack in this process')
+    glob = settings['glob']
+    corpus = text.from_glob(glob) if glob else text.standard_library()
+    train, heldout = corpus.split(settings['holdout'])
+    rows = pipeline.TextEvaluation(heldout.texts, length)
+    fingerprint = _fingerprint(
+        source='files' if glob else 'python standard library',
+        **corpus.facts(),
+        holdout=settings['holdout'],
+        tokens='bytes',
+        packing='concat',
+        length=length,
+        workers=workers,
+        **order,
+    )
+    return Data(
+        train=pipeline.text_rows(
+            train.texts, length=length, batch=batch, seed=seed, shard=shard, workers=workers
+        ),
+        **_evaluation(rows, len(rows), batch, shard),
+        vocab=tokens.VOCAB,
+        length=length,
+        queries=None,
+        bytes_per_token=1.0,
+        decode=tokens.decode,
+        baselines=functools.partial(baselines.baselines, train.texts, heldout.texts),
+        fingerprint=fingerprint,
+    )
+
+
+def _task(name, settings, batch, seed, shard, order):
+    facts = dict(settings)
+    count = settings.pop('eval_examples')
+    _check(count >= 1, f'data.eval_examples={count}', 'at least 1', 'use 3000')
+    source = tasks.make(name, split='train', seed=seed, **settings)
+    test = tasks.make(name, split='test', seed=0, **settings)
+    values = source.vocab - source.vocab // 2  # keys are the lower half of the tokens
+    return Data(
+        train=pipeline.task_rows(source, batch=batch, shard=shard),
+        **_evaluation(test, count, batch, shard),
+        vocab=source.vocab,
+        length=settings['length'],
+        queries=source.queries,
+        bytes_per_token=None,
+        decode=None,
+        baselines=lambda: {'chance': 1 / values},
+        fingerprint=_fingerprint(source=name, **facts, packing='none', workers=0, **order),
+    )
+
+
+def _evaluation(rows, count, batch, shard):
+    def evaluation(limit: int | None = None) -> Iterator[pipeline.Batch]:
+        _check(limit is None or limit >= 1, f'{limit} evaluation batches', 'at least 1, or None',
+               'None evaluates on everything')  # fmt: skip
+        return pipeline.evaluation_batches(rows, count=count, batch=batch, shard=shard, limit=limit)
+
+    return {'evaluation': evaluation, 'evaluation_count': math.ceil(count / (batch * shard[1]))}
+
+
+def _fingerprint(**facts):
+    text_of_facts = json.dumps(facts, sort_keys=True)
+    return {**facts, 'hash': hashlib.sha256(text_of_facts.encode()).hexdigest()[:16]}
+
+
+def _settings(config_data):
+    """The source's name and all of its settings, checked by name and type."""
+    given = dict(config_data.items())
+    name = given.pop('name', None)
+    if name not in SETTINGS:
+        raise ValueError(
+            f'data.name={name!r}: allowed sources are {", ".join(SETTINGS)}; '
+            f'choose one{_near(name, SETTINGS)}'
+        )
+    defaults = SETTINGS[name]
+    for key, value in given.items():
+        if key not in defaults:
+            raise ValueError(
+                f'data.{key}={value!r}: the source {name!r} has no such setting; allowed are '
+                f'{", ".join(sorted(defaults))}{_near(key, defaults)}'
+            )
+        given[key] = _typed(key, value, type(defaults[key]))
+    return name, {**defaults, **given}
+
+
+def _typed(key, value, kind):
+    accepts = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}[kind]
+    is_flag = isinstance(value, bool)
+    if not isinstance(value, accepts) or is_flag != (kind is bool):
+        words = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'a string'}
+        raise ValueError(
+            f'data.{key}={value!r} is of type {type(value).__name__}; '
+            f'it must be {words[kind]}: change it in the config'
+        )
+    return kind(value)
+
+
+def _near(word, names):
+    close = difflib.get_close_matches(str(word), list(names), 1, 0.5)
+    return f'. Did you mean {close[0]!r}?' if close else ''
+
+
+def _check(valid, given, allowed, remedy):
+    if not valid:
+        raise ValueError(f'{given}: allowed is {allowed}; {remedy}')

@@ -1,0 +1,57 @@
+"""One layer of a model: a token mixer and a channel mixer, each behind a norm, each residual."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memjax.nn.layers import Context, Dense, Norm
+from memjax.typing import DTypeLike, Float, PyTree
+from memjax.typing import Array
+
+
+class SwiGLU(nn.Module):
+    """W_2 (SiLU(W_1 x) * W_3 x) (Shazeer 2020, arXiv 2002.05202), bias-free; has no state."""
+
+    dim: int
+    hidden: int
+    std: float = 0.02
+    out_scale: float = 1.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], state: None, ctx: Context):
+        options = dict(std=self.std, dtype=self.dtype)
+        gate = Dense((self.hidden,), ("mlp",), **options, name="gate")(x)
+        up = Dense((self.hidden,), ("mlp",), **options, name="up")(x)
+        options["std"] *= self.out_scale
+        down = Dense((self.dim,), ("embed",), ("mlp",), **options, name="down")
+        return down(jax.nn.silu(gate) * up), None, ctx
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + channel(norm(x)).
+
+    mixer, channel: makers of the two modules, called with `name`; channel may be None.
+    The state is {"mixer": ..., "channel": ...}.
+    """
+
+    mixer: Callable[..., nn.Module]
+    channel: Callable[..., nn.Module] | None
+    norm: str = "rms"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], state: dict[str, PyTree] | None, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], dict[str, PyTree], Context]:
+        state = {"mixer": None, "channel": None} if state is None else state
+        new = {"channel": None}
+        normed = Norm(self.norm, name="mixer_norm")(x)
+        y, new["mixer"], ctx = self.mixer(name="mixer")(normed, state["mixer"], ctx)
+        x = x + y
+        if self.channel is not None:
+            normed = Norm(self.norm, name="channel_norm")(x)
+            y, new["channel"], ctx = self.channel(name="channel")(normed, state["channel"], ctx)
+            x = x + y
+        return x, new, ctx

@@ -1,0 +1,175 @@
+"""Layers that mixers are made of. Every parameter carries logical axis names for sharding."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memjax.recurrence import lags
+from memjax.typing import Array, Bool, DTypeLike, Float, Int
+
+
+class Context(NamedTuple):
+    """What every layer of a model is told besides its input.
+
+    reset: True where a token is the first of a document; None when no document starts here.
+    write: False where a token only reads (padding); None when all are written.
+    position: number of written tokens in front of each token in its document.
+    """
+
+    reset: Bool[Array, "B T"] | None
+    write: Bool[Array, "B T"] | None
+    position: Int[Array, "B T"]
+
+
+def normal(std: float) -> Callable:
+    """Initialiser: N(0, std^2)."""
+    return nn.initializers.normal(std)
+
+
+def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """x / ||x|| with 1e-6 inside the root, computed in float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (wide * scale).astype(x.dtype)
+
+
+def rotary(x: Float[Array, "B T *h K"], position: Int[Array, "B T"], theta: float = 1e4):
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated together.
+
+    K must be even. The angles are computed in float32, position 0 is the identity.
+    """
+    half = x.shape[-1] // 2
+    if 2 * half != x.shape[-1]:
+        raise ValueError(f"rotary needs an even head dimension; given {x.shape[-1]}")
+    angle = position[..., None] * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """y = x W (+ b): contracts the last `contract` axes of x, with logical axis names on W.
+
+    shape, axes: sizes and logical names of the output axes; inner: names of the contracted axes.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    inner: tuple[str, ...] = ("embed",)
+    std: float = 0.02
+    bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        contract = len(self.inner)
+        size = x.shape[-contract:]
+        init = nn.with_logical_partitioning(normal(self.std), (*self.inner, *self.axes))
+        kernel = self.param("kernel", init, (*size, *self.shape), jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = jnp.tensordot(x, kernel, axes=contract)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
+            y = y + self.param("bias", zeros, self.shape, jnp.float32).astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32.
+
+    axes: logical names of the axes that the scale spans (the last len(axes) axes of x).
+    """
+
+    kind: str = "rms"
+    axes: tuple[str, ...] = ("embed",)
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        if self.kind not in ("rms", "layer"):
+            raise ValueError(f"norm {self.kind!r}: allowed are 'rms' and 'layer'")
+        shape = x.shape[-len(self.axes) :]
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        y = y * self.param("scale", ones, shape, jnp.float32)
+        if self.kind == "layer":
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
+            y = y + self.param("bias", zeros, shape, jnp.float32)
+        return y.astype(x.dtype)
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, within documents and over written tokens only.
+
+    State: the last width - 1 written inputs [B, width - 1, D], zeros before the document.
+    Weights U(-1, 1) / sqrt(width), as torch's depthwise default.
+    """
+
+    width: int = 4
+    activation: Callable | None = jax.nn.silu
+    bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], state: Float[Array, "B n D"] | None, ctx: Context
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B n D"]]:
+        batch, _, dim = x.shape
+        bound = self.width**-0.5
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        init = nn.with_logical_partitioning(uniform, (None, "conv"))
+        kernel = self.param("kernel", init, (self.width, dim), jnp.float32).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if state is None:
+            state = jnp.zeros((batch, self.width - 1, dim), self.dtype)
+        past, state = lags(x, state, ctx.reset, ctx.write)
+        y = x * kernel[0] + jnp.einsum("nbtd,nd->btd", past, kernel[1:])
+        if self.bias:
+            init = nn.with_logical_partitioning(uniform, ("conv",))
+            y = y + self.param("bias", init, (dim,), jnp.float32).astype(self.dtype)
+        return (self.activation(y) if self.activation else y), state
+
+
+def decay_parameters(low: float, high: float = 16.0) -> tuple[Callable, Callable]:
+    """Initialisers of A_log and dt_bias in Mamba-2's style (Dao & Gu 2024, arXiv 2405.21060).
+
+    A ~ U(low, high), kept at 1e-4 or above so that its logarithm is finite; dt is log-uniform in
+    [1e-3, 1e-1] and dt_bias its inverse softplus.
+    """
+
+    def a_log(key, shape, dtype):
+        return jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, low, high), 1e-4))
+
+    def dt_bias(key, shape, dtype):
+        low, high = jnp.log(1e-3), jnp.log(1e-1)
+        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return a_log, dt_bias
+
+
+class LogDecay(nn.Module):
+    """g = -exp(A_log) softplus(W x + dt_bias): one log decay <= 0 per head, in float32."""
+
+    heads: int
+    std: float = 0.02
+    low: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
+        a_log, dt_bias = (
+            self.param(name, nn.with_logical_partitioning(init, ("heads",)), (self.heads,), jnp.float32)
+            for name, init in zip(("A_log", "dt_bias"), decay_parameters(self.low), strict=True)
+        )
+        dt = Dense((self.heads,), ("heads",), std=self.std, dtype=x.dtype, name="dt")(x)
+        return -jnp.exp(a_log) * jax.nn.softplus(dt.astype(jnp.float32) + dt_bias)

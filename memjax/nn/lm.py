@@ -1,0 +1,144 @@
+"""A decoder language model over any stack of memories."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memjax.nn.block import SwiGLU
+from memjax.nn.layers import Context, Norm, normal
+from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names, mixer_options
+from memjax.recurrence import positions
+from memjax.registry import unknown
+from memjax.typing import Array, Bool, Float, Int, PyTree
+
+DTYPES = ("float32", "bfloat16")
+NORMS = ("rms", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a model.
+
+    vocab: number of token ids. dim: width D. layers: pairs (pattern, repeats), a pattern being a
+    tuple of mixers by name, e.g. ((("delta_net", "sliding_window"), 3),). mlp: hidden width of
+    the SwiGLU as a multiple of dim, 0 for none. norm: "rms" or "layer". tie: use the embedding as
+    output projection. std: standard deviation of all weights; output projections get
+    std / sqrt(2 layers). dtype: of the computation, "float32" or "bfloat16" (parameters and the
+    loss are float32). remat: "none" or "full". mixers: options by mixer name.
+    """
+
+    vocab: int
+    dim: int
+    layers: tuple[tuple[tuple[str, ...], int], ...]
+    mlp: float = 8 / 3
+    norm: str = "rms"
+    tie: bool = True
+    std: float = 0.02
+    dtype: str = "float32"
+    remat: str = "none"
+    mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, allowed in (("norm", NORMS), ("dtype", DTYPES), ("remat", REMAT)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.{name} {getattr(self, name)!r}: allowed are {', '.join(allowed)}"
+                )
+        for name in ("vocab", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1; given {getattr(self, name)}")
+        if self.mlp < 0 or self.std <= 0:
+            raise ValueError(f"model.mlp must be >= 0 and model.std > 0; given {self.mlp}, {self.std}")
+        self._check_layers()
+
+    def _check_layers(self):
+        form = 'model.layers: expected pairs (pattern, repeats) such as ((("delta_net",), 2),)'
+        try:
+            groups = [(tuple(pattern), int(repeats)) for pattern, repeats in self.layers]
+        except (TypeError, ValueError):
+            raise ValueError(f"{form}; given {self.layers!r}") from None
+        named = [name for pattern, _ in groups for name in pattern]
+        if not named or min(n for _, n in groups) < 1 or any(type(n) is not str for n in named):
+            raise ValueError(f"{form}; given {self.layers!r}")
+        used = {name for text in named for name in mixer_names(text)}
+        for name in self.mixers:
+            if name not in used:
+                raise ValueError(unknown("mixer in model.mixers", name, sorted(used)))
+        for pattern, _ in groups:
+            for text in pattern:
+                make_mixer(text, self.mixers)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return sum(len(pattern) * repeats for pattern, repeats in self.layers)
+
+
+def default_mixers(layers: tuple, **changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every option of every mixer that `layers` names, with `changes` by name: for configs."""
+    used = {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}
+    return {name: {**mixer_options(name), **changes.get(name, {})} for name in sorted(used)}
+
+
+class LanguageModel(nn.Module):
+    """Tokens to logits, with a state: (tokens, state) -> (logits, state).
+
+    The state is {"position": [B], "layers": ...}; pass the one returned to continue a sequence,
+    or None to begin. It has a fixed size however long the sequence is.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        state: PyTree | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+        write: Bool[Array, "B T"] | None = None,
+        select: Int[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B S vocab"], PyTree]:
+        """reset: first token of a document. write: False for padding, which changes no state.
+        select: the positions whose logits are wanted; None for all T. Logits are float32."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        state = state or {"position": jnp.zeros(tokens.shape[0], jnp.int32), "layers": None}
+        position, end = positions(reset, write, state["position"], tokens.shape[1])
+        ctx = Context(reset, write, position)
+        init = nn.with_logical_partitioning(normal(config.std), ("vocab", "embed"))
+        embedding = self.param("embedding", init, (config.vocab, config.dim), jnp.float32)
+        x, layers, _ = self._stack(dtype)(embedding.astype(dtype)[tokens], state["layers"], ctx)
+        if select is not None:
+            x = jnp.take_along_axis(x, select[..., None], axis=1)
+        x = Norm(config.norm, name="norm")(x)
+        if config.tie:
+            logits = jnp.einsum("bsd,vd->bsv", x, embedding.astype(dtype))
+        else:
+            init = nn.with_logical_partitioning(normal(config.std), ("embed", "vocab"))
+            head = self.param("head", init, (config.dim, config.vocab), jnp.float32)
+            logits = x @ head.astype(dtype)
+        return logits.astype(jnp.float32), {"position": end, "layers": layers}
+
+    def _stack(self, dtype) -> Stack:
+        config = self.config
+        shared = dict(
+            dim=config.dim, std=config.std, out_scale=(2 * config.depth) ** -0.5, dtype=dtype
+        )
+        groups = tuple(
+            (tuple(make_mixer(text, config.mixers, **shared) for text in pattern), repeats)
+            for pattern, repeats in config.layers
+        )
+        channel = None
+        if config.mlp:
+            hidden = 8 * round(config.mlp * config.dim / 8)  # a multiple of 8 for the hardware
+            channel = functools.partial(SwiGLU, hidden=hidden, **shared)
+        return Stack(groups, channel, config.norm, config.remat, name="stack")
+
+
+def initial_state(model: LanguageModel, params: PyTree, batch: int) -> PyTree:
+    """The model's state before the first token: what one token that is not written leaves."""
+    tokens = jnp.zeros((batch, 1), jnp.int32)
+    return model.apply({"params": params}, tokens, write=jnp.zeros((batch, 1), bool))[1]

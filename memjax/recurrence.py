@@ -1,0 +1,203 @@
+"""The machinery that every recurrence shares: heads, dtypes, chunks, document borders, time scans."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree, Shaped
+
+
+def accumulator_dtype(*trees: PyTree) -> DTypeLike:
+    """float64 when a leaf is float64, otherwise float32: the dtype of states and decays."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(trees)}
+    return jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
+
+
+def promote(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """Casts the floating leaves that are narrower than `dtype`; leaves the others alone."""
+
+    def cast(leaf):
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if narrow and leaf.dtype != dtype else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def select(condition: Bool[Array, "..."], on_true: PyTree, on_false: PyTree) -> PyTree:
+    """`where` over two trees of the same structure, for a condition with fewer axes than a leaf."""
+
+    def choose(a, b):
+        return jnp.where(jnp.expand_dims(condition, range(condition.ndim, a.ndim)), a, b)
+
+    return jax.tree.map(choose, on_true, on_false)
+
+
+def per_head(form: Callable) -> Callable:
+    """Lifts a sequence form that is written for one head of one sequence to whole batches.
+
+    The form gets `params` of one memory, `state` of one memory or None, `xs` with leaves
+    [T, ...], `reset` and `write` [T] or None, and returns (y [T, ...], state). The lifted form
+    takes params [H, ...], state [B, H, ...], xs [B, T, h, ...], reset [B, T] and write [B, T] or
+    [B, T, h], where every h divides the next larger one and the largest is H. Leaves with fewer
+    heads are shared by vmap and never repeated in memory.
+    """
+
+    @functools.wraps(form)
+    def lifted(self, params, state, xs, reset, write):
+        masks = {"write": write} if write is not None and write.ndim == 3 else {}
+        counts = sorted({leaf.shape[2] for leaf in jax.tree.leaves((xs, masks))})
+        counts = sorted({*counts, memories(params, state, xs)})
+        for few, many in zip(counts, counts[1:], strict=False):
+            if many % few:
+                raise ValueError(f"head counts {counts}: each must divide the next")
+        factors = [b // a for a, b in zip([1, *counts], counts, strict=False)]
+
+        def split(leaf, axis):
+            parts = factors[: counts.index(leaf.shape[axis]) + 1]
+            return leaf.reshape(*leaf.shape[:axis], *parts, *leaf.shape[axis + 1 :])
+
+        def axes(leaf, axis, level):
+            return axis if counts.index(leaf.shape[axis]) >= level else None
+
+        def one_sequence(state, xs, reset, write):
+            trees = (params, state, xs, write)
+            where = (0, 0, 1, 1 if write is not None and write.ndim == 2 else None)
+            run = functools.partial(form, self)
+            for level in reversed(range(len(counts))):
+                in_axes = tuple(
+                    None if axis is None else jax.tree.map(lambda a, x=axis: axes(a, x, level), tree)
+                    for tree, axis in zip(trees, where, strict=True)
+                )
+                run = jax.vmap(run, in_axes=(*in_axes[:3], None, in_axes[3]), out_axes=(1, 0))
+            parts = [
+                tree if axis is None else jax.tree.map(lambda a, x=axis: split(a, x), tree)
+                for tree, axis in zip(trees, where, strict=True)
+            ]
+            y, state = run(*parts[:3], reset, parts[3])
+            depth = len(counts)
+            merge = lambda a, axis: a.reshape(  # noqa: E731
+                *a.shape[:axis], counts[-1], *a.shape[axis + depth :]
+            )
+            return merge(y, 1), jax.tree.map(lambda a: merge(a, 0), state)
+
+        return jax.vmap(one_sequence)(state, xs, reset, write)
+
+    return lifted
+
+
+def memories(params: PyTree, state: PyTree, xs: PyTree) -> int:
+    """H, the number of memories of a layer: of its parameters, its state, or its widest input."""
+    if jax.tree.leaves(params):
+        return jax.tree.leaves(params)[0].shape[0]
+    if jax.tree.leaves(state):
+        return jax.tree.leaves(state)[0].shape[1]
+    return max(leaf.shape[2] for leaf in jax.tree.leaves(xs))
+
+
+def scan_tokens(step, read, fresh, state, xs, reset, write) -> tuple[PyTree, PyTree]:
+    """One head, token by token: the definition that all other forms are compared with.
+
+    step(state, x) -> (y, state) and read(state, x) -> y are the cell's; fresh is its initial
+    state. A reset token first replaces the state by `fresh`; a token that is not written reads
+    the state and leaves it as it is. A single token runs without a loop.
+    """
+
+    def token(state, inputs):
+        x, first, written = inputs
+        if first is not None:
+            state = select(first, fresh, state)
+        y, new = step(state, x)
+        if written is not None:
+            y = select(written, y, read(state, x))
+            new = select(written, new, state)
+        return new, y
+
+    inputs = (xs, reset, write)
+    if jax.tree.leaves(xs)[0].shape[0] == 1:
+        state, y = token(state, jax.tree.map(lambda a: a[0], inputs))
+        return jax.tree.map(lambda a: a[None], y), state
+    state, y = lax.scan(token, state, inputs)
+    return y, state
+
+
+def to_chunks(tree: PyTree, size: int) -> PyTree:
+    """Pads leaves [T, ...] with zeros to a multiple of `size` and splits them into [N, C, ...]."""
+
+    def split(leaf):
+        pad = -leaf.shape[0] % size
+        leaf = jnp.pad(leaf, ((0, pad),) + ((0, 0),) * (leaf.ndim - 1))
+        return leaf.reshape(-1, size, *leaf.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
+def from_chunks(y: Shaped[Array, "N C ..."], length: int) -> Shaped[Array, "T ..."]:
+    """Joins chunks and drops the padding."""
+    return y.reshape(-1, *y.shape[2:])[:length]
+
+
+def positions(
+    reset: Bool[Array, "B T"] | None,
+    write: Bool[Array, "B T"] | None,
+    start: Int[Array, " B"],
+    length: int,
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Number of written tokens in front of each token within its document, and after the last.
+
+    start: the same count in front of the first token, carried from earlier calls.
+    """
+    ones = jnp.ones((start.shape[0], length), jnp.int32)
+    count = ones if write is None else write.astype(jnp.int32)
+    after = jnp.cumsum(count, axis=1) + start[:, None]
+    before = after - count
+    if reset is None:
+        return before, after[:, -1]
+    origin = lax.cummax(jnp.where(reset, before, 0), axis=1)
+    return before - origin, after[:, -1] - origin[:, -1]
+
+
+def lags(
+    x: Float[Array, "B T D"],
+    tail: Float[Array, "B n D"],
+    reset: Bool[Array, "B T"] | None,
+    write: Bool[Array, "B T"] | None,
+) -> tuple[Float[Array, "n B T D"], Float[Array, "B n D"]]:
+    """The n inputs written before each token in its document, nearest first, and the new tail.
+
+    The one memory of short convolutions and token shifts. tail: the last n written inputs in
+    front of x, oldest first, zeros where the document is shorter. Inputs of other documents and
+    inputs that were not written count as zero and as absent, respectively.
+    """
+    batch, length, _ = x.shape
+    n = tail.shape[1]
+    written = jnp.ones((batch, length), bool) if write is None else write
+    after = n + jnp.cumsum(written.astype(jnp.int32), axis=1)  # index behind each token in `line`
+    before = after - written.astype(jnp.int32)
+    line = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+    if write is not None:  # written inputs only, in order, behind the tail
+        slot = jnp.where(written, before, n + length)
+        line = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))(line, slot, x)
+    first = jnp.zeros((batch, length), jnp.int32)  # where each token's document begins in `line`
+    if reset is not None:
+        first = lax.cummax(jnp.where(reset, before, 0), axis=1)
+
+    def lag(j):
+        if write is None:
+            past = line[:, n - j : n - j + length]
+        else:
+            past = jnp.take_along_axis(line, (before - j)[..., None], axis=1)
+        return jnp.where((before - j >= first)[..., None], past, 0)
+
+    index = after[:, -1:] - n + jnp.arange(n)
+    new_tail = jnp.take_along_axis(line, index[..., None], axis=1)
+    new_tail = jnp.where((index >= first[:, -1:])[..., None], new_tail, 0)
+    return jnp.stack([lag(j) for j in range(1, n + 1)]), new_tail
+
+
+def power_of_two_at_least(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, math.ceil(math.log2(n)))

@@ -1,0 +1,119 @@
+"""Names for cells and blocks: registration, look-up with a suggestion, and specs such as
+`"hybrid(sliding_window, gated_delta_net)"`, written in a config exactly as they read."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What one leaf of a cell's inputs holds; tests and benchmarks draw their inputs from it.
+
+    shape: the axes of one token of one head, in letters of `memjax.typing` ("K", "V", "G K", "").
+    kind: "query" (unit norm), "key" (unit norm), "value" (normal), "log_decay" (<= 0) or "rate".
+    low, high: the closed range of a rate; unused for the other kinds.
+    """
+
+    shape: str
+    kind: str
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CellSpec:
+    """All that memjax knows about a memory cell; registering it buys configs, tests and tables.
+
+    name: the field's name for it, in snake case.
+    cell: makes the cell of the contract tests; takes no argument.
+    inputs: the NamedTuple type of its inputs.
+    fields: name of each leaf of `inputs` -> Field.
+    mixer: the Linen module that puts the cell into a model.
+    paper: where the recurrence stands.
+    variants: further cells that must pass the same tests, by name.
+    """
+
+    name: str
+    cell: Callable[[], Any]
+    inputs: type
+    fields: Mapping[str, Field]
+    mixer: type
+    paper: str
+    variants: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """A token mixer that is built from other token mixers, or that has no memory cell.
+
+    mixer: the Linen module; its field `inner` receives makers of the mixers in the parentheses.
+    arguments: how many names may stand in the parentheses.
+    defaults: what stands there when there are no parentheses.
+    """
+
+    name: str
+    mixer: type
+    paper: str
+    arguments: tuple[int, ...] = (0,)
+    defaults: tuple[str, ...] = ()
+
+
+_SPECS: dict[str, CellSpec | BlockSpec] = {}
+
+
+def register(spec: CellSpec | BlockSpec) -> None:
+    """Adds a spec; a name that is taken raises ValueError."""
+    if spec.name in _SPECS and _SPECS[spec.name].mixer.__module__ != spec.mixer.__module__:
+        taken = _SPECS[spec.name].mixer.__module__
+        raise ValueError(f"the name {spec.name!r} is taken by {taken}; choose another one")
+    _SPECS[spec.name] = spec
+
+
+def names(kind: type = CellSpec) -> list[str]:
+    """Registered names of one kind (CellSpec or BlockSpec), sorted."""
+    return sorted(name for name, spec in _SPECS.items() if isinstance(spec, kind))
+
+
+def get(name: str) -> CellSpec | BlockSpec:
+    """The spec of a registered cell or block; ValueError with a suggestion when there is none."""
+    if name not in _SPECS:
+        raise ValueError(unknown("cell or block", name, sorted(_SPECS)))
+    return _SPECS[name]
+
+
+def unknown(what: str, given: str, allowed: list[str]) -> str:
+    """The message for a name that does not exist: what was given, what is allowed, what is near."""
+    near = difflib.get_close_matches(given, allowed, 1, 0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {given!r}; allowed: {', '.join(allowed)}.{hint}"
+
+
+_SPEC = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def parse(text: str) -> tuple[str, tuple[str, ...]]:
+    """Splits `"hybrid(sliding_window, delta_net)"` into its name and the names inside.
+
+    Names inside may have parentheses of their own. ValueError when the text is not of that form.
+    """
+    match = _SPEC.fullmatch(text)
+    if not match:
+        raise ValueError(f"layer {text!r}: expected a name or name(name, ...)")
+    name, inside = match.groups()
+    if inside is None:
+        return name, ()
+    parts, depth = [""], 0
+    for character in inside:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if depth != 0 or not all(part.strip() for part in parts):
+        raise ValueError(f"layer {text!r}: expected a name or name(name, ...)")
+    return name, tuple(part.strip() for part in parts)

@@ -1,0 +1,42 @@
+"""Synthetic tasks: random-access sources that are a pure function of their settings (numpy only).
+
+    source = tasks.make("mqar", length=64, pairs=8, vocab=1024, seed=0, split="train")
+    source[5]  ->  {"inputs": int32[64], "targets": int32[64], "mask": bool[64], ...}
+
+`source[i]` is the same in any order, process and release. `python -m memjax.tasks --show=mqar`
+prints one example.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from memjax.tasks.mqar import MQAR, ForgettingMQAR
+
+_TASKS = {task.name: task for task in (MQAR, ForgettingMQAR)}
+
+
+def names() -> list[str]:
+    """The names that `make` takes, sorted."""
+    return sorted(_TASKS)
+
+
+def make(name: str, **settings: Any) -> MQAR | ForgettingMQAR:
+    """The source of a task; settings that are left out keep the defaults of its class.
+
+    Raises ValueError for an unknown name or setting and for settings that are impossible.
+    """
+    if name not in _TASKS:
+        raise ValueError(_unknown("task", name, names()))
+    task = _TASKS[name]
+    allowed = sorted(field.name for field in dataclasses.fields(task))
+    for given in settings:
+        if given not in allowed:
+            raise ValueError(f"{name}: {_unknown('setting', given, allowed)}")
+    return task(**settings)
+
+
+def _unknown(what: str, given: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(given, allowed, 1, 0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {given!r}; allowed: {', '.join(allowed)}.{hint}"

@@ -1,0 +1,38 @@
+"""Settings of the processes that run tests, made before jax is imported; timeouts with stacks."""
+
+import faulthandler
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# XLA starts as many threads as there are cores, in every pytest-xdist worker. NPROC tells it how
+# many it may take; two at least, because some defects (deadlocks) need two threads to be seen.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("NPROC", str(max(2, (os.cpu_count() or 1) // _workers)))
+
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    """Keeps the error stream of the process; during the tests pytest captures what goes to it."""
+    config.stash[_stderr] = os.dup(2)
+
+
+# pytest-timeout says when, faulthandler does it: its timer fires also while C++ code holds the
+# interpreter, and its report reaches the terminal from a pytest-xdist worker too.
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item, settings):
+    """Starts the timer of a test: print the stacks of all threads, end the process."""
+    stream = item.config.stash[_stderr]
+    faulthandler.dump_traceback_later(settings.timeout, exit=True, file=stream)
+    return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_cancel_timer(item):
+    """Stops the timer of a test that ended."""
+    faulthandler.cancel_dump_traceback_later()
+    return True
