@@ -165,7 +165,7 @@ def lags(
     tail: Float[Array, "B n D"],
     reset: Bool[Array, "B T"] | None,
     write: Bool[Array, "B T"] | None,
-) -> tuple[Float[Array, "n B T D"], Float[Array, "B n D"]]:
+) -> tuple[list[Float[Array, "B T D"]], Float[Array, "B n D"]]:
     """The n inputs written before each token in its document, nearest first, and the new tail.
 
     The one memory of short convolutions and token shifts. tail: the last n written inputs in
@@ -190,12 +190,14 @@ def lags(
             past = line[:, n - j : n - j + length]
         else:
             past = jnp.take_along_axis(line, (before - j)[..., None], axis=1)
+        if reset is None:  # what the tail does not hold is zero already
+            return past
         return jnp.where((before - j >= first)[..., None], past, 0)
 
     index = after[:, -1:] - n + jnp.arange(n)
     new_tail = jnp.take_along_axis(line, index[..., None], axis=1)
     new_tail = jnp.where((index >= first[:, -1:])[..., None], new_tail, 0)
-    return jnp.stack([lag(j) for j in range(1, n + 1)]), new_tail
+    return [lag(j) for j in range(1, n + 1)], new_tail
 
 
 def power_of_two_at_least(n: int) -> int:

@@ -3,6 +3,9 @@
 
 import dataclasses
 import difflib
+import functools
+import importlib
+import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,13 +75,25 @@ def register(spec: CellSpec | BlockSpec) -> None:
     _SPECS[spec.name] = spec
 
 
+@functools.cache
+def _discover() -> None:
+    """Imports every module of the rooms that register, so that a name need not be imported."""
+    for room in ("memjax.cells", "memjax.blocks"):
+        package = importlib.import_module(room)
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"{room}.{module.name}")
+
+
 def names(kind: type = CellSpec) -> list[str]:
     """Registered names of one kind (CellSpec or BlockSpec), sorted."""
+    _discover()
     return sorted(name for name, spec in _SPECS.items() if isinstance(spec, kind))
 
 
 def get(name: str) -> CellSpec | BlockSpec:
     """The spec of a registered cell or block; ValueError with a suggestion when there is none."""
+    _discover()
     if name not in _SPECS:
         raise ValueError(unknown("cell or block", name, sorted(_SPECS)))
     return _SPECS[name]

@@ -1,13 +1,6 @@
-"""Memory cells, one file each. Every module here that does not begin with `_` registers itself."""
-
-import importlib
-import pkgutil
+"""Memory cells, one file each; every module here that does not begin with `_` is discovered."""
 
 from memjax import registry
-
-for _module in pkgutil.iter_modules(__path__):
-    if not _module.name.startswith("_"):
-        importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def names() -> list[str]:

@@ -20,7 +20,14 @@ from memjax.cell import MemoryCell
 from memjax.cells._matrix import dot
 from memjax.nn.layers import Dense, rotary
 from memjax.nn.mixer import Mixer
-from memjax.recurrence import accumulator_dtype, from_chunks, per_head, promote, to_chunks
+from memjax.recurrence import (
+    accumulator_dtype,
+    from_chunks,
+    per_head,
+    promote,
+    select,
+    to_chunks,
+)
 from memjax.registry import CellSpec, Field, register
 from memjax.typing import Array, DTypeLike, Float, Int
 
@@ -125,6 +132,8 @@ class SlidingWindow(MemoryCell):
             origin = lax.cummax(jnp.where(reset, before, origin))
         low = jnp.maximum(high - self.window + 1, jnp.maximum(origin, 0))
         y = self._blocks(q, k, v, low, high, high + 1 - origin)
+        if state is not None:  # slots that stay free are those that were carried in
+            store = state if reset is None else select(reset.any(), store, state)
         final = self._ring(store, k, v, origin[-1], high[-1] + 1 - origin[-1])
         return y.astype(xs.q.dtype), final
 
@@ -236,6 +245,11 @@ class AttentionMixer(SlidingWindowMixer):
     """The same over all tokens. window: the capacity, the longest context that can be held."""
 
     window: int = 2048
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens of a document that this layer can hold."""
+        return self.window
 
     def make_cell(self):
         return Attention(self.size, self.size, self.window, store_dtype=self.dtype)

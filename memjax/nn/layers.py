@@ -133,7 +133,7 @@ class ShortConvolution(nn.Module):
         if state is None:
             state = jnp.zeros((batch, self.width - 1, dim), self.dtype)
         past, state = lags(x, state, ctx.reset, ctx.write)
-        y = x * kernel[0] + jnp.einsum("nbtd,nd->btd", past, kernel[1:])
+        y = sum((a * w for a, w in zip(past, kernel[1:], strict=True)), x * kernel[0])
         if self.bias:
             init = nn.with_logical_partitioning(uniform, ("conv",))
             y = y + self.param("bias", init, (dim,), jnp.float32).astype(self.dtype)

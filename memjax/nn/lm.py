@@ -84,6 +84,15 @@ def default_mixers(layers: tuple, **changes: Mapping[str, Any]) -> dict[str, dic
     return {name: {**mixer_options(name), **changes.get(name, {})} for name in sorted(used)}
 
 
+def capacity(config: ModelConfig) -> int | None:
+    """The longest context that every layer can hold; None when it is unbounded."""
+    limits = []
+    for name in {n for pattern, _ in config.layers for text in pattern for n in mixer_names(text)}:
+        mixer = make_mixer(name, config.mixers, dim=config.dim)()
+        limits.append(getattr(mixer, "capacity", None))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 class LanguageModel(nn.Module):
     """Tokens to logits, with a state: (tokens, state) -> (logits, state).
 

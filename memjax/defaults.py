@@ -1,0 +1,57 @@
+"""The settings that all configs share, as a ConfigDict to change and return."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from memjax.nn.lm import default_mixers
+
+
+def config(
+    data: dict[str, Any], layers: tuple, mixers: dict[str, dict[str, Any]] | None = None, **model
+) -> ConfigDict:
+    """A complete config for `data` and a model of `layers`.
+
+    data: `name` of a source and its settings (see `memjax.data.make`). layers: see
+    `memjax.nn.lm.ModelConfig`. mixers: options by mixer name that differ from the defaults.
+    model: further fields of ModelConfig. Every option of every mixer is in the result, so that
+    each can be set from the command line, e.g. --config.model.mixers.delta_net.beta_max=2.
+    """
+    settings = ConfigDict()
+    settings.seed = 0
+    settings.steps = 1000
+    settings.batch = 16  # rows a step, over all devices
+    settings.accumulate = 1  # pieces that a batch is handled in
+    settings.data = ConfigDict(data)
+    settings.model = ConfigDict(
+        {
+            "vocab": 259,
+            "dim": 256,
+            "layers": layers,
+            "mlp": 8 / 3,
+            "norm": "rms",
+            "tie": True,
+            "std": 0.02,
+            "dtype": "float32",
+            "remat": "none",
+            **model,
+        }
+    )
+    settings.model.mixers = ConfigDict(default_mixers(layers, **(mixers or {})))
+    settings.optim = ConfigDict(
+        {
+            "lr": 1e-3,
+            "warmup": 100,
+            "final": 0.1,  # of lr, at the last step
+            "weight_decay": 0.1,
+            "clip": 1.0,
+            "b1": 0.9,
+            "b2": 0.95,
+        }
+    )
+    settings.eval = ConfigDict({"every": 0, "batches": 8})  # 0: at the end only
+    settings.checkpoint = ConfigDict({"every": 1000, "keep": 2})
+    settings.log = ConfigDict({"every": 20, "tensorboard": False, "wandb": False})
+    settings.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    settings.next_steps = ""  # printed at the end of a finished run
+    return settings

@@ -1,0 +1,269 @@
+"""Trains a model: the whole loop, in reading order.
+
+    python -m memjax.train --config=configs/mqar.py:delta_net --workdir=runs/mqar
+    python -m memjax.train --config=configs/quickstart.py --workdir=runs/x --config.optim.lr=1e-3
+
+The same command continues a run that was interrupted, bit for bit on CPU. The workdir receives
+config.json, metrics.jsonl, checkpoints/, loss.png and summary.json. Exit codes: 0 finished, 75
+interrupted by SIGTERM or Ctrl-C after saving, 2 a mistake in the request, 1 a defect or a loss that
+is not finite.
+"""
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from memjax import checkpoint, config, generate, metrics, progress, train_step
+from memjax.data import tokens as text_tokens
+from memjax.nn.lm import initial_state
+
+UNFINISHED = 75  # exit code of an interrupted run, EX_TEMPFAIL: the same command continues it
+MAY_CHANGE = ("checkpoint", "eval", "log")  # config fields that a resumed run may change
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def train(settings: Any, workdir: str) -> dict[str, Any]:
+    """Runs, or continues, what `settings` (a config) describes; returns the summary.
+
+    summary["finished"] is False when a signal interrupted the run; it was saved before.
+    Raises config.UserError for settings that cannot work and FloatingPointError for a loss that
+    is not finite.
+    """
+    # ------------------------------------------------------------------ what is trained
+    with config.user_errors("config"):
+        run = train_step.build(settings)
+        abstract = run.abstract_state()
+        example = next(run.data.evaluation(1))
+        lowered = run.step.lower(abstract, jax.eval_shape(lambda: run.put(example)))
+    config.claim(workdir, settings, MAY_CHANGE)
+    summary = {
+        "finished": False,
+        "step": 0,
+        "steps": settings.steps,
+        "parameters": sum(a.size for a in jax.tree.leaves(abstract.params)),
+        "seed": settings.seed,
+        "versions": versions(),
+    }
+    per_step = settings.batch * run.data.length
+    iterator = iter(run.data.train)
+    saver = checkpoint.Checkpoints(workdir, settings.checkpoint.every, settings.checkpoint.keep)
+
+    # ------------------------------------------------------------------ where it continues
+    meta = {"config": settings, "data": run.data.fingerprint}
+    restored = saver.restore(abstract, iterator, expect=meta, ignore=MAY_CHANGE)
+    step, state, saved = restored if restored else (0, run.init(), {})
+    clock = metrics.Clock(**saved.get("clock", {}))
+    log = metrics.Metrics(
+        workdir,
+        step if restored else None,
+        tensorboard=settings.log.tensorboard,
+        wandb=settings.log.wandb,
+        config=settings,
+    )
+    show = progress.Progress(settings.steps, step)
+    describe(show, run, summary["parameters"], state.params, step)
+
+    # ------------------------------------------------------------------ compilation
+    began = time.perf_counter()
+    advance = lowered.compile()
+    memory = advance.memory_analysis()
+    if step < settings.steps:
+        temporary = "" if memory is None else f", {progress.human(memory.temp_size_in_bytes)}B"
+        show.note(f"compiled in {time.perf_counter() - began:.1f} s{temporary} of temporary memory")
+    late = metrics.Late()
+
+    def record(arrived):
+        if arrived is None:
+            return
+        at, values = arrived
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss of step {at} is {values['loss']}; the last checkpoint is of step "
+                f"{saver.latest()}. Lower optim.lr or optim.clip, or look for bad data"
+            )
+        if run.data.bytes_per_token:
+            values["bits_per_byte"] = values["loss"] / math.log(2) / run.data.bytes_per_token
+        values["tokens_per_second"] = clock.tokens_per_second()
+        log.write(at, values)
+        if at % settings.log.every == 0 or at == settings.steps:
+            show.update(at, {**values, "eta": clock.eta(settings.steps - at)})
+
+    def evaluate(at, limit):
+        values = run.evaluation(state.params, limit)
+        log.write(at, {"kind": "eval", **values})
+        show.update(at, {"kind": "eval", **values})
+        return values
+
+    # ------------------------------------------------------------------ the loop
+    with signals() as stopped, saver:
+        clock.start()
+        while step < settings.steps:
+            batch = run.put(next(iterator))
+            state, values = advance(state, batch)
+            step += 1
+            clock.tick(per_step)
+            record(late.push(step, values))
+            last = step == settings.steps or bool(stopped)
+            due = not last and settings.eval.every and step % settings.eval.every == 0
+            if last or due or saver.due(step):
+                with clock.paused(wait_for=state):
+                    record(late.flush())
+                    if due:
+                        evaluate(step, settings.eval.batches)
+                    log.flush()
+                    saver.save(step, state, iterator, {**meta, "clock": clock.state()}, force=last)
+            if last:
+                break
+
+        # -------------------------------------------------------------- the end
+        summary |= {
+            "step": step,
+            "seconds": round(clock.spent, 3),
+            "tokens_per_second": round(clock.mean_tokens_per_second(), 1),
+        }
+        if step == settings.steps and not stopped:
+            show.note("evaluating")
+            summary |= evaluate_finally(workdir, evaluate, step)
+            summary |= {"finished": True, "baselines": run.data.baselines()}
+            if run.data.bytes_per_token:
+                summary["sample"] = sample_text(run.model, state.params)
+    config.write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    progress.plot_loss(
+        os.path.join(workdir, "metrics.jsonl"),
+        os.path.join(workdir, "loss.png"),
+        summary.get("baselines"),
+        title=os.path.basename(os.path.abspath(workdir)),
+    )
+    log.close()
+    show.close()
+    return summary
+
+
+def evaluate_finally(workdir, evaluate, step) -> dict[str, float]:
+    """The metrics over all held-out data; read back when a killed run had recorded them."""
+    for record in metrics.read_records(os.path.join(workdir, "metrics.jsonl")):
+        if record["kind"] == "eval" and record["step"] == step:
+            return {k: v for k, v in record.items() if k not in ("step", "time", "kind")}
+    return evaluate(step, None)
+
+
+def sample_text(model, params, length: int = 300) -> str:
+    """What the model writes from the start of a document."""
+    tokens = generate.sample(model, params, [text_tokens.BOS], length, temperature=0.7)
+    return "".join(generate.stream_text(tokens))
+
+
+def describe(show, run: train_step.Training, parameters: int, params: Any, step: int) -> None:
+    """Says once what runs where on what."""
+    state = jax.eval_shape(lambda p: initial_state(run.model, p, 1), params)
+    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    device = jax.devices()[0].device_kind
+    show.note(f"memjax {version('memjax')}, jax {jax.__version__}, {jax.device_count()} x {device}")
+    show.note(
+        f"model: {progress.human(parameters)} parameters, {progress.human(held)}B of state a "
+        f"sequence; layers {run.model.config.layers}"
+    )
+    facts = {k: v for k, v in run.data.fingerprint.items() if not isinstance(v, (list, dict))}
+    show.note("data: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+    if step:
+        show.note(f"continuing from the checkpoint of step {step}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of memjax, Python and the packages that a result depends on."""
+    return {
+        "memjax": version("memjax"),
+        "python": platform.python_version(),
+        "backend": jax.default_backend(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def version(package: str) -> str:
+    """The installed version; memjax runs from a checkout without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def signals():
+    """A list that receives SIGTERM or SIGINT; a second signal ends the process as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number, frame):
+        del frame
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def report(summary: dict[str, Any], workdir: str) -> str:
+    """What a finished run says at its end."""
+    lines = [""]
+    key = "bits_per_byte" if "bits_per_byte" in summary else "query_accuracy"
+    unit = "held-out bits per byte" if key == "bits_per_byte" else "query accuracy"
+    rows = {**summary["baselines"], "this model": summary[key]}
+    lines.append(f"{unit}:")
+    for name, value in sorted(rows.items(), key=lambda row: -row[1]):
+        lines.append(f"  {name:<12} {value:.4f}" + ("  <-" if name == "this model" else ""))
+    if "sample" in summary:
+        lines += ["", "a sample, from the start of a document:", "", summary["sample"]]
+    lines += [
+        "",
+        f"{summary['steps']} steps, {progress.human(summary['parameters'])} parameters, "
+        f"{progress.duration(summary['seconds'])} of training, "
+        f"{progress.human(summary['tokens_per_second'])} tokens/s",
+        f"loss curve: {os.path.join(workdir, 'loss.png')}",
+        f"figures:    {os.path.join(workdir, 'summary.json')}",
+    ]
+    return "\n".join(lines)
+
+
+@config.exit_on_user_error
+def main(argv: Sequence[str]) -> int:
+    del argv
+    logging.set_verbosity(logging.WARNING)  # orbax tells a lot
+    settings, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    if not workdir:
+        raise config.UserError("--workdir is missing; write --workdir=runs/NAME")
+    try:
+        summary = train(settings, workdir)
+    except FloatingPointError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    if not summary["finished"]:
+        print(f"stopped at step {summary['step']} and saved; the same command continues")
+        return UNFINISHED
+    print(report(summary, workdir))
+    if settings.get("next_steps"):
+        print("\nwhat to try next:\n" + settings.next_steps.format(workdir=workdir))
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of the run; made when absent")
+    app.run(main, flags_parser=config.parse_flags)

@@ -1,0 +1,266 @@
+"""Pure training: loss, step, evaluation and initialisation, and `build`, which makes them from a
+config. No files, no loop; a notebook needs nothing else."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from memjax import data, optim, sharding
+from memjax.nn.lm import LanguageModel, ModelConfig
+from memjax.registry import unknown
+from memjax.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+# Keys of a batch that are not groups of scored positions.
+_COMMON = ("inputs", "targets", "mask", "reset")
+
+Batch = Mapping[str, Array]
+
+
+class TrainState(NamedTuple):
+    """step: number of finished steps. params, opt_state: nested dicts and optax's state."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+
+
+class Scores(NamedTuple):
+    """Per scored position [B, S]: nats, whether the most likely token is right, and the mask."""
+
+    nats: Float[Array, "B S"]
+    correct: Bool[Array, "B S"]
+    mask: Bool[Array, "B S"]
+
+
+def score(model: LanguageModel, params: PyTree, batch: Batch, queries: int | None) -> Scores:
+    """Runs the model on a batch from its initial state.
+
+    queries: at most this many positions of a row are scored; only their logits are computed.
+    None: all positions.
+    """
+    select, targets, mask = None, batch["targets"], batch["mask"]
+    if queries is not None:
+        select = scored_positions(mask, queries)
+        targets, mask = (jnp.take_along_axis(a, select, axis=1) for a in (targets, mask))
+    logits, _ = model.apply(
+        {"params": params}, batch["inputs"], reset=batch.get("reset"), select=select
+    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return Scores(jnp.where(mask, nats, 0), (jnp.argmax(logits, -1) == targets) & mask, mask)
+
+
+def scored_positions(mask: Bool[Array, "B T"], queries: int) -> Int[Array, "B S"]:
+    """The first `queries` scored positions of each row, in order."""
+    return jnp.argsort(~mask, axis=1, stable=True)[:, :queries]
+
+
+def make_train_step(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable,
+    queries: int | None = None,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """(state, batch) -> (state, metrics): loss in nats per scored position, accuracy, grad_norm
+    before clipping, lr and the number of scored positions.
+
+    accumulate: the batch is handled in that many pieces; the gradient is that of the whole batch.
+    """
+
+    def step(state, batch):
+        total = jnp.maximum(jnp.sum(batch["mask"]), 1)
+
+        def loss(params, piece):
+            scores = score(model, params, piece, queries)
+            return jnp.sum(scores.nats) / total, jnp.sum(scores.correct)
+
+        def add(sums, piece):
+            (nats, correct), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, piece)
+            return jax.tree.map(jnp.add, sums, (nats, correct, gradients)), None
+
+        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
+        if accumulate == 1:
+            (nats, correct, gradients), _ = add(zeros, batch)
+        else:
+            pieces = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), dict(batch))
+            (nats, correct, gradients), _ = jax.lax.scan(add, zeros, pieces)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {
+            "loss": nats,
+            "accuracy": correct / total,
+            "grad_norm": optax.global_norm(gradients),
+            "lr": schedule(state.step),
+            "scored": total,
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(
+    model: LanguageModel, queries: int | None = None
+) -> Callable[[PyTree, Batch], dict[str, Array]]:
+    """(params, batch) -> sums over the batch, to be added up and given to `summarise`.
+
+    nats, correct, scored: over positions; rows_correct, rows: rows whose scored positions are all
+    right. Further boolean arrays [B, T] of a batch name groups of positions, counted apart as
+    correct/<name> and scored/<name>, and those of the rest as correct/not_<name>.
+    """
+
+    def step(params, batch):
+        scores = score(model, params, batch, queries)
+        scored_rows = jnp.any(scores.mask, axis=1)
+        all_right = jnp.all(scores.correct | ~scores.mask, axis=1) & scored_rows
+        sums = {
+            "nats": jnp.sum(scores.nats),
+            "correct": jnp.sum(scores.correct),
+            "scored": jnp.sum(scores.mask),
+            "rows_correct": jnp.sum(all_right),
+            "rows": jnp.sum(scored_rows),
+        }
+        for name, group in batch.items():
+            if name in _COMMON or group.dtype != bool:
+                continue
+            if queries is not None:
+                select = scored_positions(batch["mask"], queries)
+                group = jnp.take_along_axis(group, select, axis=1)
+            for label, member in ((name, group), (f"not_{name}", ~group)):
+                sums[f"correct/{label}"] = jnp.sum(scores.correct & member)
+                sums[f"scored/{label}"] = jnp.sum(scores.mask & member)
+        return sums
+
+    return step
+
+
+def summarise(sums: Mapping[str, float], bytes_per_token: float | None = None) -> dict[str, float]:
+    """Means from the sums of `make_eval_step`: loss in nats per scored position, accuracy per
+    position and per row, accuracy of each group, bits_per_byte for text."""
+    out = {"loss": sums["nats"] / sums["scored"]}
+    if bytes_per_token is not None:
+        out["bits_per_byte"] = out["loss"] / np.log(2) / bytes_per_token
+    out["accuracy"] = sums["correct"] / sums["scored"]
+    if bytes_per_token is None:
+        out["query_accuracy"] = out.pop("accuracy")
+        out["sequence_accuracy"] = sums["rows_correct"] / sums["rows"]
+    for key in sums:
+        name = key.removeprefix("scored/")
+        if name != key and sums[key]:
+            out[f"query_accuracy/{name}"] = sums[f"correct/{name}"] / sums[key]
+    return {name: float(value) for name, value in out.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """All that a run is made of; made by `build`.
+
+    model: the Linen module. data: its batches (see `memjax.data.Data`). mesh: the devices.
+    optimizer, schedule: of optax. step, evaluate: jitted (state, batch) -> (state, metrics), with
+    the state donated, and (params, batch) -> sums. queries: see `score`.
+    """
+
+    model: LanguageModel
+    data: data.Data
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    schedule: Callable
+    step: Callable
+    evaluate: Callable
+    seed: int
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, nothing computed."""
+        shapes = jax.eval_shape(self._init, jax.random.key(self.seed))
+        params = sharding.shardings(shapes.params, self.mesh)
+        shapes = nn.unbox(shapes)
+        placed = TrainState(
+            sharding.replicated(self.mesh),
+            params,
+            sharding.optimizer_shardings(self.optimizer, shapes.opt_state, params, self.mesh),
+        )
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed
+        )
+
+    def init(self) -> TrainState:
+        """The initial state, made where its shardings say; a function of the config's seed."""
+        target = jax.tree.map(lambda a: a.sharding, self.abstract_state())
+        make = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=target)
+        return make(jax.random.key(self.seed))
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Moves a batch to the devices, rows spread over them."""
+        placed = sharding.batch_sharding(self.mesh, len(batch["inputs"]))
+        return {name: jax.device_put(array, placed) for name, array in batch.items()}
+
+    def evaluation(self, params: PyTree, limit: int | None = None) -> dict[str, float]:
+        """Held-out metrics over all evaluation batches, or over `limit` of them."""
+        sums: dict[str, float] = {}
+        for batch in self.data.evaluation(limit):
+            for name, value in jax.device_get(self.evaluate(params, self.put(batch))).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return summarise(sums, self.data.bytes_per_token)
+
+    def _init(self, key: PRNGKeyArray) -> TrainState:
+        params = init_params(self.model, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(nn.unbox(params)))
+
+
+def init_params(model: LanguageModel, key: PRNGKeyArray) -> PyTree:
+    """Initial parameters, boxed with their logical axis names."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def abstract_params(model: LanguageModel) -> PyTree:
+    """Shapes and dtypes of the parameters, nothing computed."""
+    return nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+
+
+def build(config: Any) -> Training:
+    """Model, data, optimiser and jitted steps of a config (see `configs/`).
+
+    Raises ValueError with one message for a setting that does not exist or does not fit.
+    """
+    model_config = model_of(config)
+    source = data.make(config.data, batch=config.batch, seed=config.seed)
+    if model_config.vocab != source.vocab:
+        raise ValueError(
+            f"model.vocab is {model_config.vocab}, the data has {source.vocab} tokens; "
+            f"set model.vocab to {source.vocab}"
+        )
+    if config.accumulate < 1 or config.batch % config.accumulate:
+        raise ValueError(
+            f"accumulate {config.accumulate} does not divide the batch of {config.batch} rows"
+        )
+    model = LanguageModel(model_config)
+    optimizer, schedule = optim.make(config.optim, config.steps)
+    mesh = sharding.mesh(config.mesh)
+    step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)
+    return Training(
+        model=model,
+        data=source,
+        mesh=mesh,
+        optimizer=optimizer,
+        schedule=schedule,
+        step=jax.jit(step, donate_argnums=0),
+        evaluate=jax.jit(make_eval_step(model, source.queries)),
+        seed=config.seed,
+    )
+
+
+def model_of(config: Any) -> ModelConfig:
+    """The frozen model settings of a config; ValueError for a field that does not exist."""
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    given = dict(config.model)
+    for name in given:
+        if name not in fields:
+            raise ValueError(unknown("field of model", name, sorted(fields)))
+    given["mixers"] = {name: dict(options) for name, options in given.get("mixers", {}).items()}
+    return ModelConfig(**given)

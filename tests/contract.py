@@ -1,0 +1,342 @@
+"""Inputs, the float64 reference and the measures of the contract that every memory cell must keep.
+
+Everything is drawn from the registry: `cases()` lists each registered cell and its variants, and
+`draw` makes inputs from the cell's `fields`, so that a cell that registers is tested as it is.
+All comparisons are made in numpy: on the CPU `jnp.max` loses NaN.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+
+import memjax
+from memjax.cell import FORMS, MemoryCell
+from memjax.registry import CellSpec, Field
+
+BATCH, HEADS, QUERIES = 3, 2, 2
+SCENARIOS = ("random", "correlated", "equal", "gates")
+
+
+class Case(NamedTuple):
+    """A cell under test and the spec that says what its inputs hold."""
+
+    name: str
+    spec: CellSpec
+    cell: MemoryCell
+
+
+class Given(NamedTuple):
+    """All that `memjax.run` is given, in numpy."""
+
+    params: Any
+    xs: Any
+    state: Any = None
+    reset: Any = None
+    write: Any = None
+
+
+def cases(variants: bool = True) -> list[Case]:
+    """Every registered cell, and its variants when asked for, with small chunks."""
+    found = []
+    for name in memjax.cells.names():
+        spec = memjax.cells.get(name)
+        makers = {name: spec.cell}
+        if variants:
+            makers |= {f"{name}-{variant}": make for variant, make in spec.variants.items()}
+        found += [small(Case(label, spec, make())) for label, make in makers.items()]
+    return found
+
+
+def small(case: Case, size: int = 8) -> Case:
+    """The same case with chunks of `size` tokens; the fields named here change speed only."""
+    fields = {field.name for field in dataclasses.fields(case.cell)} & {"chunk", "block"}
+    return case._replace(cell=dataclasses.replace(case.cell, **dict.fromkeys(fields, size)))
+
+
+def forms(case: Case) -> list[str]:
+    """The forms that serve this cell here, `scan` first."""
+    given = problem(case, 0, 3, state=False, masks=False)
+    serving = []
+    for form in reversed(FORMS):
+        try:
+            jax.eval_shape(partial(apply, case.cell, form), given)
+        except NotImplementedError:
+            continue
+        serving.append(form)
+    return serving
+
+
+def scenarios(case: Case) -> list[str]:
+    """Those that differ for this cell."""
+    gated = {field.kind for field in case.spec.fields.values()} & {"log_decay", "rate"}
+    return [name for name in SCENARIOS if gated or name != "gates"]
+
+
+def units(cell: MemoryCell) -> set[int]:
+    """The lengths at which a form may change its ways: a chunk, a block, a window."""
+    found = {getattr(cell, name, 0) for name in ("chunk", "block", "window", "frozen_chunk")}
+    return {unit for unit in found if 0 < unit <= 64} or {8}
+
+
+def lengths(cell: MemoryCell) -> list[int]:
+    """1 and C - 1, C, C + 1, 3 C + 5 for every unit C of the cell."""
+    return sorted({n for c in units(cell) for n in (1, c - 1, c, c + 1, 3 * c + 5) if n > 0})
+
+
+def draw(case: Case, rng, length: int, heads: int = HEADS, scenario: str = "random") -> Any:
+    """Inputs of one scenario, float32 leaves [BATCH, length, heads, ...].
+
+    random: independent. correlated: keys at cosine 0.9. equal: one key for all tokens, rates at
+    the upper end. gates: decays and rates at their limits among ordinary ones.
+    """
+    sizes = {"K": "key_dim", "V": "value_dim"}
+    leaves = {}
+    for name, field in case.spec.fields.items():
+        axes = field.shape.split()
+        shape = [QUERIES if a == "G" else getattr(case.cell, sizes[a]) for a in axes]
+        leaves[name] = _leaf(field, rng, (BATCH, length, heads, *shape), scenario)
+    return case.spec.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
+
+
+def _leaf(field: Field, rng, shape: tuple[int, ...], scenario: str) -> np.ndarray:
+    normal = rng.normal(size=shape)
+    if field.kind == "value":
+        return normal
+    if field.kind in ("query", "key"):
+        if field.kind == "key" and scenario in ("correlated", "equal"):
+            common = rng.normal(size=(1, 1, *shape[2:]))
+            normal = common + (1 / 3 if scenario == "correlated" else 0) * normal
+        return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
+    if field.kind == "log_decay":
+        ordinary, limits = -np.logaddexp(0, normal - 1), (0.0, -1e3)
+    else:
+        low, high = field.low, field.high
+        ordinary, limits = low + (high - low) / (1 + np.exp(-normal)), (low, high, min(1.0, high))
+        if scenario == "equal":
+            return np.full(shape, high)
+    if scenario != "gates":
+        return ordinary
+    leaf = np.where(rng.random(shape) < 0.5, rng.choice(limits, shape), ordinary)
+    if field.kind == "log_decay":
+        leaf[0, shape[1] // 2] = -np.inf
+    return leaf
+
+
+def problem(
+    case: Case,
+    seed: int,
+    length: int,
+    scenario: str = "random",
+    heads: int = HEADS,
+    state: bool = True,
+    masks: bool = True,
+) -> Given:
+    """Inputs, with a state that is reachable and with resets and writes when asked for."""
+    rng = np.random.default_rng(seed)
+    params = to_numpy(case.cell.init_params(jax.random.key(seed), heads))
+    given = Given(params, draw(case, rng, length, heads, scenario))
+    if state:
+        prefix = Given(params, draw(case, rng, 11, heads), write=rng.random((BATCH, 11)) < 0.8)
+        given = given._replace(state=values(case.cell, "scan", prefix)[1])
+    if masks:
+        given = given._replace(
+            reset=reset_mask(length, rng), write=rng.random((BATCH, length)) < 0.7
+        )
+    return given
+
+
+def reset_mask(length: int, rng) -> np.ndarray:
+    """Row 0: at the first and the last token, two in a row, several in one chunk. Row 1: none.
+    The others: rare."""
+    reset = rng.random((BATCH, length)) < 0.1
+    marks = np.array([0, 3, 4, 6, length // 2, length - 1])
+    reset[:2] = False
+    reset[0, marks[marks < length]] = True
+    return reset
+
+
+def apply(cell: MemoryCell, form: str | None, given: Given):
+    """`memjax.run` of one form."""
+    params, xs, state, reset, write = given
+    return memjax.run(
+        cell, params, xs, state=state, reset=reset, write=write, implementation=form
+    )
+
+
+def values(cell: MemoryCell, form: str | None, given: Given):
+    """(y, state) in numpy."""
+    return to_numpy(_values(cell, form, given))
+
+
+_values = jax.jit(apply, static_argnums=(0, 1))
+
+
+def evaluate(cell: MemoryCell, form: str, given: Given, dtype: Any = None) -> dict:
+    """Name -> array for y, each leaf of the final state, and the gradients of all inputs.
+
+    dtype: what the floating leaves are cast to; None leaves them.
+    """
+    given = given if dtype is None else cast(given, dtype)
+    out, _, gradients = slopes(cell, form, given)
+    return named(out) | {f"gradient of {name}": leaf for name, leaf in gradients.items()}
+
+
+def slopes(cell: MemoryCell, form: str, given: Given) -> tuple[Any, dict, dict]:
+    """(y, state), the cotangents c of their floating leaves, and the gradients of <c, (y, state)>.
+
+    The cotangents are normal, the same for equal shapes, and representable in bfloat16.
+    """
+    wide = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(given))
+    rng = np.random.default_rng(1)
+    with x64(wide):
+        shapes = jax.eval_shape(partial(apply, cell, form), given)
+        cotangents = {
+            name: rng.normal(size=leaf.shape).astype(jnp.bfloat16).astype(np.float32)
+            for name, leaf in floating(shapes).items()
+        }
+        out, gradients = to_numpy(_gradients(cell, form, given, list(cotangents.values())))
+    return out, cotangents, dict(zip(floating(given), gradients, strict=True))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _gradients(cell, form, given, cotangents):
+    leaves, tree = jax.tree.flatten(given)
+    where = [i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+    def loss(variable):
+        every = dict(enumerate(leaves)) | dict(zip(where, variable, strict=True))
+        out = apply(cell, form, tree.unflatten(every.values()))
+        floats = floating(out).values()
+        return sum(jnp.sum(c * a) for c, a in zip(cotangents, floats, strict=True)), out
+
+    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)([leaves[i] for i in where])
+    return out, gradients
+
+
+def reference(cell: MemoryCell, given: Given):
+    """(y, state) by a plain loop over tokens in float64: the definition, without `run`."""
+    xs, reset, write = given.xs, given.reset, given.write
+    batch, length = jax.tree.leaves(xs)[0].shape[:2]
+    heads = memjax.recurrence.memories(given.params, given.state, xs)
+    ones = np.ones((batch, length, heads), bool)
+    write = ones if write is None else ones & repeat(write.reshape(batch, length, -1), heads)
+    reset = ~ones if reset is None else ones & reset[..., None]
+    with x64(True):
+        params, xs, state = cast((given.params, xs, given.state), np.float64)
+        xs = jax.tree.map(lambda a: repeat(a, heads), xs)
+        fresh = to_numpy(memjax.initial_state(cell, params, batch, heads, jnp.float64))
+        state, answers = fresh if state is None else state, []
+        for t in range(length):
+            state = where(reset[:, t], fresh, state)
+            written, kept = to_numpy(_token(cell, params, state, tokens(xs, t)))
+            y, state = where(write[:, t], written, (kept, state))
+            answers.append(y)
+    return np.stack(answers, axis=1), state
+
+
+@partial(jax.jit, static_argnums=0)
+def _token(cell, params, state, x):
+    def one(params, state, x):
+        return cell.step(params, state, x), cell.read(params, state, x)
+
+    return jax.vmap(jax.vmap(one), (None, 0, 0))(params, state, x)
+
+
+def tokens(tree, index):
+    """Tokens [B, T, ...] -> those at an integer or a slice of the time axis."""
+    return jax.tree.map(lambda a: a[:, index], tree)
+
+
+def where(condition: np.ndarray, on_true, on_false):
+    """`np.where` over trees, for a condition [B, H]."""
+
+    def choose(a, b):
+        return np.where(np.expand_dims(condition, tuple(range(2, a.ndim))), a, b)
+
+    return jax.tree.map(choose, on_true, on_false)
+
+
+def repeat(leaf: np.ndarray, heads: int) -> np.ndarray:
+    """A leaf [B, T, h, ...] that several heads share, as [B, T, heads, ...]."""
+    return np.repeat(leaf, heads // leaf.shape[2], axis=2)
+
+
+def distance(value: np.ndarray, exact: np.ndarray) -> float:
+    """RMS of the difference over the RMS of `exact`; refuses what is not finite."""
+    value, exact = np.asarray(value, np.float64), np.asarray(exact, np.float64)
+    assert value.shape == exact.shape, f"shape {value.shape}, expected {exact.shape}"
+    assert np.isfinite(value).all(), "not finite"
+    assert np.isfinite(exact).all(), "the reference is not finite"
+    difference = float(np.sqrt(np.mean((value - exact) ** 2)))
+    return difference / float(np.sqrt(np.mean(exact**2))) if difference else 0.0
+
+
+def assert_close(value: dict, own: dict, exact: dict, what: str) -> None:
+    """Each leaf at most max(1e-5, 3 x the float32 scan's own distance) from float64."""
+    assert value.keys() == exact.keys() == own.keys()
+    for name in exact:
+        bound = max(1e-5, 3 * distance(own[name], exact[name]))
+        try:
+            far = distance(value[name], exact[name])
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {name}: {error}") from None
+        assert far <= bound, f"{what}: {name} is {far:.2e} from float64; allowed {bound:.2e}"
+
+
+def assert_identical(value, expected, what: str) -> None:
+    """The same trees bit by bit."""
+    value, expected = named(value), named(expected)
+    assert value.keys() == expected.keys()
+    for name in value:
+        assert value[name].dtype == expected[name].dtype, f"{what}: dtype of {name}"
+        assert np.array_equal(value[name], expected[name]), f"{what}: {name} differs"
+
+
+def named(tree) -> dict:
+    """Path -> leaf, in numpy."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def floating(tree) -> dict:
+    """Path -> leaf, of the floating leaves only."""
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+
+
+def layout(tree) -> dict:
+    """Path -> dtype and shape."""
+    return {
+        jax.tree_util.keystr(path): (str(leaf.dtype), leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def cast(tree, dtype):
+    """The floating leaves in another dtype."""
+
+    def one(leaf):
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def to_numpy(tree):
+    """The same tree of numpy arrays."""
+    return jax.tree.map(np.asarray, tree)
+
+
+def x64(on: bool):
+    """float64 inside the `with` block, in the oldest and the newest JAX."""
+    owner = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return owner.enable_x64(on)
