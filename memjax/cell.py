@@ -6,6 +6,7 @@ gradients. `run` is the only thing that models call.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -166,25 +167,18 @@ def _check(cell, params, xs, state, reset, write) -> int:
                 f"{name}: {label} must be bool[{batch}, {length}]; given {mask.dtype}{mask.shape}"
             )
     if state is not None:
-        heads, dtype = memories(params, None, xs), accumulator_dtype(params, state, xs)
-        heads = max(heads, memories({}, state, xs))
-        _check_state(
-            name, state, jax.eval_shape(lambda p: initial_state(cell, p, batch, heads, dtype), params)
-        )
+        heads = max(memories(params, None, xs), memories({}, state, xs))
+        dtype = accumulator_dtype(params, state, xs)
+        fresh = functools.partial(initial_state, cell, batch=batch, heads=heads, dtype=dtype)
+        wanted = _leaves(jax.eval_shape(fresh, params))
+        if _leaves(state) != wanted:
+            raise ValueError(
+                f"{name}: the state does not fit; given {_leaves(state)}, expected {wanted}"
+            )
     return length
 
 
-def _check_state(name: str, state: PyTree, expected: PyTree) -> None:
-    def describe(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(p): f"{a.dtype}{list(a.shape)}" for p, a in leaves}
-
-    if jax.tree.structure(state) != jax.tree.structure(expected):
-        raise ValueError(
-            f"{name}: the state has another structure; given {jax.tree.structure(state)}, "
-            f"expected {jax.tree.structure(expected)}"
-        )
-    if describe(state) != describe(expected):
-        raise ValueError(
-            f"{name}: the state does not fit; given {describe(state)}, expected {describe(expected)}"
-        )
+def _leaves(tree: PyTree) -> dict[str, str]:
+    """Path -> dtype and shape, for comparing and showing trees."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{a.dtype}{list(a.shape)}" for path, a in leaves}

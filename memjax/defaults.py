@@ -55,3 +55,27 @@ def config(
     settings.mesh = ConfigDict({"data": 1, "fsdp": -1})
     settings.next_steps = ""  # printed at the end of a finished run
     return settings
+
+
+def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
+    """A config for a recall task on a CPU: [BaseConv, cell], one head of width 64, no MLP, no
+    positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora et al.
+    2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only."""
+    if cell in ("attention", "sliding_window"):
+        options = {"heads": 1, "rotary_base": 0.0}
+    else:
+        options = {"heads": 1, "convolution": 0, "norm": "layer", "gate": "none"}
+    settings = config(
+        data,
+        layers=((("base_conv", cell), 1),),
+        mixers={cell: options},
+        vocab=data["vocab"],
+        dim=64,
+        mlp=0.0,
+        norm="layer",
+    )
+    settings.steps, settings.batch = 2000, 64
+    settings.optim.update(lr=3e-3, final=0.0, b2=0.999)
+    settings.eval.update(every=500, batches=8)
+    settings.checkpoint.every = 500
+    return settings

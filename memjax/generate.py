@@ -113,11 +113,19 @@ def main(argv: Sequence[str]) -> None:
             f"{given.workdir} was trained on {meta['config']['data']['name']!r}, whose tokens are "
             "no text; generate needs a run on data.name='text'"
         )
-    options = {name: given[name].value for name in ("temperature", "top_k", "seed")}
     prompt = [text_tokens.BOS, *text_tokens.encode(given.prompt)]
     with config.user_errors("generate"):
         print(given.prompt, end="", flush=True)
-        for piece in stream_text(sample(model, params, prompt, given.length, **options)):
+        continuation = sample(
+            model,
+            params,
+            prompt,
+            given.length,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            seed=given.seed,
+        )
+        for piece in stream_text(continuation):
             print(piece, end="", flush=True)
     print()
 

@@ -1,4 +1,4 @@
-"""The machinery that every recurrence shares: heads, dtypes, chunks, document borders, time scans."""
+"""What every recurrence shares: heads, dtypes, chunks, document borders, the time scan."""
 
 import functools
 import math
@@ -48,41 +48,45 @@ def per_head(form: Callable) -> Callable:
 
     @functools.wraps(form)
     def lifted(self, params, state, xs, reset, write):
-        masks = {"write": write} if write is not None and write.ndim == 3 else {}
-        counts = sorted({leaf.shape[2] for leaf in jax.tree.leaves((xs, masks))})
-        counts = sorted({*counts, memories(params, state, xs)})
-        for few, many in zip(counts, counts[1:], strict=False):
-            if many % few:
-                raise ValueError(f"head counts {counts}: each must divide the next")
-        factors = [b // a for a, b in zip([1, *counts], counts, strict=False)]
+        heads = memories(params, state, xs)
+        if write is not None and write.ndim == 2:
+            write = write[:, :, None]
+        given = {heads, *(leaf.shape[2] for leaf in jax.tree.leaves((xs, write)))}
+        counts = sorted(given - {1})  # a leaf with h heads is mapped where counts[level] <= h
+        if any(many % few for few, many in zip(counts, counts[1:], strict=False)):
+            raise ValueError(f"head counts {counts}: each must divide the next")
+        axes = (0, 0, 1, 1)  # of the heads, for one sequence
 
-        def split(leaf, axis):
-            parts = factors[: counts.index(leaf.shape[axis]) + 1]
-            return leaf.reshape(*leaf.shape[:axis], *parts, *leaf.shape[axis + 1 :])
+        def split(tree, axis):
+            factors = [b // a for a, b in zip([1, *counts], counts, strict=False)]
 
-        def axes(leaf, axis, level):
-            return axis if counts.index(leaf.shape[axis]) >= level else None
+            def reshape(leaf):
+                mapped = sum(count <= leaf.shape[axis] for count in counts)
+                return leaf.reshape(
+                    (*leaf.shape[:axis], *factors[:mapped], *leaf.shape[axis + 1 :])
+                )
+
+            return jax.tree.map(reshape, tree)
+
+        def merge(tree, axis):
+            after = axis + len(counts)
+            return jax.tree.map(
+                lambda a: a.reshape(*a.shape[:axis], heads, *a.shape[after:]), tree
+            )
+
+        def mapped_axes(tree, axis, count):
+            return jax.tree.map(lambda a: axis if count <= a.shape[axis] else None, tree)
 
         def one_sequence(state, xs, reset, write):
+            def one_head(params, state, xs, write):
+                return form(self, params, state, xs, reset, write)
+
             trees = (params, state, xs, write)
-            where = (0, 0, 1, 1 if write is not None and write.ndim == 2 else None)
-            run = functools.partial(form, self)
-            for level in reversed(range(len(counts))):
-                in_axes = tuple(
-                    None if axis is None else jax.tree.map(lambda a, x=axis: axes(a, x, level), tree)
-                    for tree, axis in zip(trees, where, strict=True)
-                )
-                run = jax.vmap(run, in_axes=(*in_axes[:3], None, in_axes[3]), out_axes=(1, 0))
-            parts = [
-                tree if axis is None else jax.tree.map(lambda a, x=axis: split(a, x), tree)
-                for tree, axis in zip(trees, where, strict=True)
-            ]
-            y, state = run(*parts[:3], reset, parts[3])
-            depth = len(counts)
-            merge = lambda a, axis: a.reshape(  # noqa: E731
-                *a.shape[:axis], counts[-1], *a.shape[axis + depth :]
-            )
-            return merge(y, 1), jax.tree.map(lambda a: merge(a, 0), state)
+            for count in reversed(counts):
+                in_axes = tuple(mapped_axes(t, a, count) for t, a in zip(trees, axes, strict=True))
+                one_head = jax.vmap(one_head, in_axes=in_axes, out_axes=(1, 0))
+            y, state = one_head(*(split(t, a) for t, a in zip(trees, axes, strict=True)))
+            return merge(y, 1), merge(state, 0)
 
         return jax.vmap(one_sequence)(state, xs, reset, write)
 

@@ -9,7 +9,6 @@ interrupted by SIGTERM or Ctrl-C after saving, 2 a mistake in the request, 1 a d
 is not finite.
 """
 
-import json
 import math
 import os
 import platform
@@ -23,10 +22,9 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 
-from memjax import checkpoint, config, generate, metrics, progress, train_step
+from memjax import __version__, checkpoint, config, generate, metrics, progress, train_step
 from memjax.data import tokens as text_tokens
 from memjax.nn.lm import initial_state
 
@@ -38,11 +36,17 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 def train(settings: Any, workdir: str) -> dict[str, Any]:
     """Runs, or continues, what `settings` (a config) describes; returns the summary.
 
-    summary["finished"] is False when a signal interrupted the run; it was saved before.
+    summary["finished"] is False when SIGTERM or SIGINT interrupted the run; it was saved before.
     Raises config.UserError for settings that cannot work and FloatingPointError for a loss that
     is not finite.
     """
+    with signals() as stopped:
+        return _train(settings, workdir, stopped)
+
+
+def _train(settings, workdir, stopped):
     # ------------------------------------------------------------------ what is trained
+    check_intervals(settings)
     with config.user_errors("config"):
         run = train_step.build(settings)
         abstract = run.abstract_state()
@@ -108,7 +112,7 @@ def train(settings: Any, workdir: str) -> dict[str, Any]:
         return values
 
     # ------------------------------------------------------------------ the loop
-    with signals() as stopped, saver:
+    with saver:
         clock.start()
         while step < settings.steps:
             batch = run.put(next(iterator))
@@ -140,7 +144,7 @@ def train(settings: Any, workdir: str) -> dict[str, Any]:
             summary |= {"finished": True, "baselines": run.data.baselines()}
             if run.data.bytes_per_token:
                 summary["sample"] = sample_text(run.model, state.params)
-    config.write_text(os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+    metrics.write_json(os.path.join(workdir, "summary.json"), summary)
     progress.plot_loss(
         os.path.join(workdir, "metrics.jsonl"),
         os.path.join(workdir, "loss.png"),
@@ -150,6 +154,17 @@ def train(settings: Any, workdir: str) -> dict[str, Any]:
     log.close()
     show.close()
     return summary
+
+
+def check_intervals(settings: Any) -> None:
+    """Raises UserError for an interval that the loop cannot keep, before anything is written."""
+    lowest = {"checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1}
+    for name, low in {**lowest, "eval.every": 0, "eval.batches": 1}.items():
+        section, field = name.split(".")
+        value = settings[section][field]
+        if value < low:
+            never = "; 0 evaluates at the end only" if low == 0 else ""
+            raise config.UserError(f"config.{name}={value}: must be at least {low}{never}")
 
 
 def evaluate_finally(workdir, evaluate, step) -> dict[str, float]:
@@ -171,7 +186,7 @@ def describe(show, run: train_step.Training, parameters: int, params: Any, step:
     state = jax.eval_shape(lambda p: initial_state(run.model, p, 1), params)
     held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     device = jax.devices()[0].device_kind
-    show.note(f"memjax {version('memjax')}, jax {jax.__version__}, {jax.device_count()} x {device}")
+    show.note(f"memjax {__version__}, jax {jax.__version__}, {jax.device_count()} x {device}")
     show.note(
         f"model: {progress.human(parameters)} parameters, {progress.human(held)}B of state a "
         f"sequence; layers {run.model.config.layers}"
@@ -185,7 +200,7 @@ def describe(show, run: train_step.Training, parameters: int, params: Any, step:
 def versions() -> dict[str, str]:
     """Versions of memjax, Python and the packages that a result depends on."""
     return {
-        "memjax": version("memjax"),
+        "memjax": __version__,
         "python": platform.python_version(),
         "backend": jax.default_backend(),
         **{package: version(package) for package in PACKAGES},
@@ -193,7 +208,7 @@ def versions() -> dict[str, str]:
 
 
 def version(package: str) -> str:
-    """The installed version; memjax runs from a checkout without being installed."""
+    """The installed version of a package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -210,6 +225,8 @@ def signals():
 
     def note(number, frame):
         del frame
+        # Not print, which a signal may find in the middle of a line.
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
         received.append(number)
         signal.signal(number, before[number])
 
@@ -234,9 +251,9 @@ def report(summary: dict[str, Any], workdir: str) -> str:
         lines += ["", "a sample, from the start of a document:", "", summary["sample"]]
     lines += [
         "",
-        f"{summary['steps']} steps, {progress.human(summary['parameters'])} parameters, "
-        f"{progress.duration(summary['seconds'])} of training, "
-        f"{progress.human(summary['tokens_per_second'])} tokens/s",
+        f"{summary['steps']} steps in {progress.duration(summary['seconds'])}, "
+        f"{progress.human(summary['tokens_per_second'])} tokens/s, "
+        f"{progress.human(summary['parameters'])} parameters",
         f"loss curve: {os.path.join(workdir, 'loss.png')}",
         f"figures:    {os.path.join(workdir, 'summary.json')}",
     ]

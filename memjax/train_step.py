@@ -24,9 +24,9 @@ Batch = Mapping[str, Array]
 
 
 class TrainState(NamedTuple):
-    """step: number of finished steps. params, opt_state: nested dicts and optax's state."""
+    """step: int32[], finished steps. params, opt_state: nested dicts and optax's state."""
 
-    step: Int[Array, ""]
+    step: PyTree
     params: PyTree
     opt_state: PyTree
 
@@ -85,7 +85,8 @@ def make_train_step(
             (nats, correct), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, piece)
             return jax.tree.map(jnp.add, sums, (nats, correct, gradients)), None
 
-        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
+        none = jax.tree.map(jnp.zeros_like, state.params)
+        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), none)
         if accumulate == 1:
             (nats, correct, gradients), _ = add(zeros, batch)
         else:
@@ -171,8 +172,8 @@ class Training:
     mesh: Mesh
     optimizer: optax.GradientTransformation
     schedule: Callable
-    step: Callable
-    evaluate: Callable
+    step: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
     seed: int
 
     def abstract_state(self) -> TrainState:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import memjax
+from memjax import inputs
 from memjax.cell import FORMS, MemoryCell
 from memjax.registry import CellSpec, Field
 
@@ -79,8 +80,8 @@ def scenarios(case: Case) -> list[str]:
 
 def units(cell: MemoryCell) -> set[int]:
     """The lengths at which a form may change its ways: a chunk, a block, a window."""
-    found = {getattr(cell, name, 0) for name in ("chunk", "block", "window", "frozen_chunk")}
-    return {unit for unit in found if 0 < unit <= 64} or {8}
+    found = {getattr(cell, name, None) for name in ("chunk", "block", "window", "frozen_chunk")}
+    return {unit for unit in found - {None} if unit <= 64} or {8}
 
 
 def lengths(cell: MemoryCell) -> list[int]:
@@ -94,33 +95,26 @@ def draw(case: Case, rng, length: int, heads: int = HEADS, scenario: str = "rand
     random: independent. correlated: keys at cosine 0.9. equal: one key for all tokens, rates at
     the upper end. gates: decays and rates at their limits among ordinary ones.
     """
-    sizes = {"K": "key_dim", "V": "value_dim"}
-    leaves = {}
-    for name, field in case.spec.fields.items():
-        axes = field.shape.split()
-        shape = [QUERIES if a == "G" else getattr(case.cell, sizes[a]) for a in axes]
-        leaves[name] = _leaf(field, rng, (BATCH, length, heads, *shape), scenario)
+    xs = inputs.draw(case.spec, case.cell, rng, BATCH, length, heads, QUERIES)
+    leaves = {
+        name: _leaf(case.spec.fields[name], rng, leaf, scenario)
+        for name, leaf in xs._asdict().items()
+    }
     return case.spec.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
 
 
-def _leaf(field: Field, rng, shape: tuple[int, ...], scenario: str) -> np.ndarray:
-    normal = rng.normal(size=shape)
-    if field.kind == "value":
-        return normal
-    if field.kind in ("query", "key"):
-        if field.kind == "key" and scenario in ("correlated", "equal"):
-            common = rng.normal(size=(1, 1, *shape[2:]))
-            normal = common + (1 / 3 if scenario == "correlated" else 0) * normal
-        return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
-    if field.kind == "log_decay":
-        ordinary, limits = -np.logaddexp(0, normal - 1), (0.0, -1e3)
-    else:
-        low, high = field.low, field.high
-        ordinary, limits = low + (high - low) / (1 + np.exp(-normal)), (low, high, min(1.0, high))
-        if scenario == "equal":
-            return np.full(shape, high)
-    if scenario != "gates":
+def _leaf(field: Field, rng, ordinary: np.ndarray, scenario: str) -> np.ndarray:
+    shape = ordinary.shape
+    if field.kind == "key" and scenario in ("correlated", "equal"):
+        common = inputs.draw_field(field, rng, (1, 1, *shape[2:]))
+        mixed = common + (1 / 3 if scenario == "correlated" else 0) * ordinary
+        return mixed / np.linalg.norm(mixed, axis=-1, keepdims=True)
+    if field.kind == "rate" and scenario == "equal":
+        return np.full(shape, field.high)
+    if field.kind not in ("log_decay", "rate") or scenario != "gates":
         return ordinary
+    decays = (0.0, -1e3)
+    limits = decays if field.kind == "log_decay" else (field.low, field.high, min(1.0, field.high))
     leaf = np.where(rng.random(shape) < 0.5, rng.choice(limits, shape), ordinary)
     if field.kind == "log_decay":
         leaf[0, shape[1] // 2] = -np.inf
@@ -173,7 +167,10 @@ def values(cell: MemoryCell, form: str | None, given: Given):
     return to_numpy(_values(cell, form, given))
 
 
-_values = jax.jit(apply, static_argnums=(0, 1))
+# XLA's optimisations take half of the compile time. They are left out of the float64 references,
+# and of what only runs forward; the float32 and bfloat16 gradients are compiled as models are.
+PLAIN = {"xla_backend_optimization_level": 0}
+_values = jax.jit(apply, static_argnums=(0, 1), compiler_options=PLAIN)
 
 
 def evaluate(cell: MemoryCell, form: str, given: Given, dtype: Any = None) -> dict:
@@ -199,12 +196,12 @@ def slopes(cell: MemoryCell, form: str, given: Given) -> tuple[Any, dict, dict]:
             name: rng.normal(size=leaf.shape).astype(jnp.bfloat16).astype(np.float32)
             for name, leaf in floating(shapes).items()
         }
-        out, gradients = to_numpy(_gradients(cell, form, given, list(cotangents.values())))
+        compiled = _exact_gradients if wide else _gradients
+        out, gradients = to_numpy(compiled(cell, form, given, list(cotangents.values())))
     return out, cotangents, dict(zip(floating(given), gradients, strict=True))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _gradients(cell, form, given, cotangents):
+def _differentiate(cell, form, given, cotangents):
     leaves, tree = jax.tree.flatten(given)
     where = [i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.floating)]
 
@@ -216,6 +213,10 @@ def _gradients(cell, form, given, cotangents):
 
     (_, out), gradients = jax.value_and_grad(loss, has_aux=True)([leaves[i] for i in where])
     return out, gradients
+
+
+_gradients = jax.jit(_differentiate, static_argnums=(0, 1))
+_exact_gradients = jax.jit(_differentiate, static_argnums=(0, 1), compiler_options=PLAIN)
 
 
 def reference(cell: MemoryCell, given: Given):
@@ -239,7 +240,7 @@ def reference(cell: MemoryCell, given: Given):
     return np.stack(answers, axis=1), state
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, compiler_options=PLAIN)
 def _token(cell, params, state, x):
     def one(params, state, x):
         return cell.step(params, state, x), cell.read(params, state, x)
@@ -276,11 +277,14 @@ def distance(value: np.ndarray, exact: np.ndarray) -> float:
     return difference / float(np.sqrt(np.mean(exact**2))) if difference else 0.0
 
 
-def assert_close(value: dict, own: dict, exact: dict, what: str) -> None:
-    """Each leaf at most max(1e-5, 3 x the float32 scan's own distance) from float64."""
+def assert_close(value: dict, own: dict, exact: dict, what: str, allowed: Any = None) -> None:
+    """Each leaf at most max(1e-5, 3 x the float32 scan's own distance) from float64.
+
+    allowed: name -> a distance that is allowed in any case.
+    """
     assert value.keys() == exact.keys() == own.keys()
     for name in exact:
-        bound = max(1e-5, 3 * distance(own[name], exact[name]))
+        bound = max(1e-5, 3 * distance(own[name], exact[name]), (allowed or {}).get(name, 0))
         try:
             far = distance(value[name], exact[name])
         except AssertionError as error:
@@ -291,7 +295,7 @@ def assert_close(value: dict, own: dict, exact: dict, what: str) -> None:
 def assert_identical(value, expected, what: str) -> None:
     """The same trees bit by bit."""
     value, expected = named(value), named(expected)
-    assert value.keys() == expected.keys()
+    assert value.keys() == expected.keys(), f"{what}: {sorted(value)}, expected {sorted(expected)}"
     for name in value:
         assert value[name].dtype == expected[name].dtype, f"{what}: dtype of {name}"
         assert np.array_equal(value[name], expected[name]), f"{what}: {name} differs"

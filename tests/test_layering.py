@@ -23,6 +23,7 @@ HELPERS = (
     "memjax.config",
     "memjax.config_text",
     "memjax.errors",
+    "memjax.inputs",
     "memjax.metrics",
     "memjax.optim",
     "memjax.profile",

@@ -52,8 +52,8 @@ class Hybrid(nn.Module):
             y = held + near
         else:
             near, attention_state, ctx = attention(x, state["attention"], ctx)
-            gate = Dense((self.dim,), ("mlp",), std=self.std, bias=True, dtype=self.dtype, name="gate")
-            share = jax.nn.sigmoid(gate(x))
+            options = dict(std=self.std, bias=True, dtype=self.dtype)
+            share = jax.nn.sigmoid(Dense((self.dim,), ("mlp",), **options, name="gate")(x))
             y = share * near + (1 - share) * held
         return y, {"attention": attention_state, "memory": memory_state}, ctx
 

@@ -10,6 +10,7 @@ ring with room for all tokens, and tells when they do not fit.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -43,12 +44,12 @@ class Inputs(NamedTuple):
 class Ring(NamedTuple):
     """The n-th written token of a document stands in slot n mod W; free slots are zero.
 
-    k: [W, K]; v: [W, V]; count: number of tokens written since the document's start.
+    k: [W, K]; v: [W, V]; written: number of tokens written since the document's start.
     """
 
     k: Float[Array, "W K"]
     v: Float[Array, "W V"]
-    count: Int[Array, ""]
+    written: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +82,16 @@ class SlidingWindow(MemoryCell):
         return Ring(k, v, jnp.zeros((), jnp.int32))
 
     def write(self, params, state, x):
-        slot = state.count % self.window
+        slot = state.written % self.window
         return Ring(
             state.k.at[slot].set(x.k.astype(state.k.dtype)),
             state.v.at[slot].set(x.v.astype(state.v.dtype)),
-            state.count + 1,
+            state.written + 1,
         )
 
     def read(self, params, state, x):
-        present = jnp.arange(self.window) < state.count
-        return self._attend(x.q[None], state.k, state.v, present[None], state.count[None])[0]
+        present = jnp.arange(self.window) < state.written
+        return self._attend(x.q[None], state.k, state.v, present[None], state.written[None])[0]
 
     def _attend(self, q, k, v, visible, count):
         """q [C, G, K] over k, v [S, ...] where visible [C, S]; zero when nothing is visible."""
@@ -116,7 +117,7 @@ class SlidingWindow(MemoryCell):
         store = self.fresh(params, dtype)
         k, v = xs.k.astype(store.k.dtype), xs.v.astype(store.v.dtype)
         ring = 0 if state is None else self.window
-        start = jnp.zeros((), jnp.int32) if state is None else state.count
+        start = jnp.zeros((), jnp.int32) if state is None else state.written
         written = jnp.ones(length, bool) if write is None else write
         high = ring - 1 + jnp.cumsum(written.astype(jnp.int32))
         before = high + 1 - written.astype(jnp.int32)
@@ -222,14 +223,16 @@ class SlidingWindowMixer(Mixer):
         super().setup()
         kv_heads, size = self.kv_heads or self.heads, self.size
         if self.heads % kv_heads:
-            raise ValueError(f"attention: heads {self.heads} must be a multiple of kv_heads {kv_heads}")
+            raise ValueError(
+                f"attention: heads {self.heads} must be a multiple of kv_heads {kv_heads}"
+            )
         axes, grouped = ("heads", "head_dim"), ("heads", None, "head_dim")
-        options = dict(std=self.std, dtype=self.dtype)
-        self.query = Dense((kv_heads, self.heads // kv_heads, size), grouped, **options)
-        self.key = Dense((kv_heads, size), axes, **options)
-        self.value = Dense((kv_heads, size), axes, **options)
-        options["std"] *= self.out_scale
-        self.output = Dense((self.dim,), ("embed",), grouped, **options)
+        dense = functools.partial(Dense, dtype=self.dtype)
+        self.query = dense((kv_heads, self.heads // kv_heads, size), grouped, std=self.std)
+        self.key = dense((kv_heads, size), axes, std=self.std)
+        self.value = dense((kv_heads, size), axes, std=self.std)
+        std = self.std * self.out_scale
+        self.output = dense((self.dim,), ("embed",), grouped, std=std)
 
     def inputs(self, x, state, ctx):
         q, k, v = self.query(x), self.key(x), self.value(x)

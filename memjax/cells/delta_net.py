@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.cells._matrix import MatrixMemory, dot
-from memjax.nn.layers import Dense, l2_normalise
+from memjax.nn.layers import Dense, l2_normalise, widen
 from memjax.nn.mixer import ProjectionMixer
 from memjax.registry import CellSpec, Field, register
 from memjax.typing import Array
@@ -61,7 +61,7 @@ class DeltaNetMixer(ProjectionMixer):
         q, k, v, state = self.project(x, state, ctx)
         if not self.convolution:
             q, k = jax.nn.silu(q), jax.nn.silu(k)
-        beta = self.beta_max * jax.nn.sigmoid(self.write_strength(x).astype(jnp.float32))
+        beta = self.beta_max * jax.nn.sigmoid(widen(self.write_strength(x)))
         return Inputs(l2_normalise(q), l2_normalise(k), v, beta), state
 
 

@@ -54,7 +54,7 @@ class GatedDeltaNetMixer(DeltaNetMixer):
 
     def inputs(self, x, state, ctx):
         xs, state = super().inputs(x, state, ctx)
-        return Inputs(*xs, self.log_decay(x)), state
+        return Inputs(**xs._asdict(), g=self.log_decay(x)), state
 
 
 register(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from memjax.cells._matrix import MatrixMemory, dot
 from memjax.nn.layers import l2_normalise
 from memjax.nn.mixer import ProjectionMixer
-from memjax.recurrence import per_head
+from memjax.recurrence import accumulator_dtype, per_head, promote
 from memjax.registry import CellSpec, Field, register
 from memjax.typing import Array, Float
 
@@ -67,9 +67,9 @@ class LinearAttention(MatrixMemory):
     @per_head
     def chunked(self, params, state, xs, reset, write):
         """The chunk form of `MatrixMemory` on the features."""
-        dtype = xs.q.dtype
-        y, state = self._chunks(params, state, self._features(xs), reset, write)
-        return self._normalised(y).astype(dtype), state
+        features = self._features(promote(xs, accumulator_dtype(state, xs)))
+        y, state = self._chunks(params, state, features, reset, write)
+        return self._normalised(y).astype(xs.q.dtype), state
 
     def _features(self, x: Inputs) -> Inputs:
         phi = FEATURE_MAPS[self.feature_map]

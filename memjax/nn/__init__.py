@@ -1,1 +1,1 @@
-"""The Linen shell: layers, mixers, blocks, the stack and the language model. No memory mathematics."""
+"""The Linen shell: layers, mixers, blocks, stack, language model. No memory mathematics."""

@@ -1,5 +1,6 @@
 """One layer of a model: a token mixer and a channel mixer, each behind a norm, each residual."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -7,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.nn.layers import Context, Dense, Norm
-from memjax.typing import DTypeLike, Float, PyTree
-from memjax.typing import Array
+from memjax.typing import Array, DTypeLike, Float, PyTree
 
 
 class SwiGLU(nn.Module):
@@ -22,11 +22,10 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], state: None, ctx: Context):
-        options = dict(std=self.std, dtype=self.dtype)
-        gate = Dense((self.hidden,), ("mlp",), **options, name="gate")(x)
-        up = Dense((self.hidden,), ("mlp",), **options, name="up")(x)
-        options["std"] *= self.out_scale
-        down = Dense((self.dim,), ("embed",), ("mlp",), **options, name="down")
+        wide = functools.partial(Dense, (self.hidden,), ("mlp",), std=self.std, dtype=self.dtype)
+        gate, up = wide(name="gate")(x), wide(name="up")(x)
+        std = self.std * self.out_scale
+        down = Dense((self.dim,), ("embed",), ("mlp",), std=std, dtype=self.dtype, name="down")
         return down(jax.nn.silu(gate) * up), None, ctx
 
 

@@ -29,9 +29,14 @@ def normal(std: float) -> Callable:
     return nn.initializers.normal(std)
 
 
+def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x in float32, or as it is in float64: the dtype of norms, gates, decays and logits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def l2_normalise(x: Float[Array, "... K"]) -> Float[Array, "... K"]:
     """x / ||x|| with 1e-6 inside the root, computed in float32."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     scale = jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)
     return (wide * scale).astype(x.dtype)
 
@@ -44,10 +49,11 @@ def rotary(x: Float[Array, "B T *h K"], position: Int[Array, "B T"], theta: floa
     half = x.shape[-1] // 2
     if 2 * half != x.shape[-1]:
         raise ValueError(f"rotary needs an even head dimension; given {x.shape[-1]}")
-    angle = position[..., None] * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    wide = widen(x)
+    angle = position[..., None] * theta ** (-jnp.arange(half, dtype=wide.dtype) / half)
     angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(wide, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
@@ -93,7 +99,7 @@ class Norm(nn.Module):
         if self.kind not in ("rms", "layer"):
             raise ValueError(f"norm {self.kind!r}: allowed are 'rms' and 'layer'")
         shape = x.shape[-len(self.axes) :]
-        y = x.astype(jnp.float32)
+        y = widen(x)
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
@@ -167,9 +173,10 @@ class LogDecay(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
-        a_log, dt_bias = (
-            self.param(name, nn.with_logical_partitioning(init, ("heads",)), (self.heads,), jnp.float32)
-            for name, init in zip(("A_log", "dt_bias"), decay_parameters(self.low), strict=True)
+        a_log_init, dt_bias_init = (
+            nn.with_logical_partitioning(init, ("heads",)) for init in decay_parameters(self.low)
         )
+        a_log = self.param("A_log", a_log_init, (self.heads,), jnp.float32)
+        dt_bias = self.param("dt_bias", dt_bias_init, (self.heads,), jnp.float32)
         dt = Dense((self.heads,), ("heads",), std=self.std, dtype=x.dtype, name="dt")(x)
-        return -jnp.exp(a_log) * jax.nn.softplus(dt.astype(jnp.float32) + dt_bias)
+        return -jnp.exp(a_log) * jax.nn.softplus(widen(dt) + dt_bias)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from memjax.nn.block import SwiGLU
-from memjax.nn.layers import Context, Norm, normal
+from memjax.nn.layers import Context, Norm, normal, widen
 from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names, mixer_options
 from memjax.recurrence import positions
 from memjax.registry import unknown
@@ -52,7 +52,8 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1; given {getattr(self, name)}")
         if self.mlp < 0 or self.std <= 0:
-            raise ValueError(f"model.mlp must be >= 0 and model.std > 0; given {self.mlp}, {self.std}")
+            given = f"{self.mlp}, {self.std}"
+            raise ValueError(f"model.mlp must be >= 0 and model.std > 0; given {given}")
         self._check_layers()
 
     def _check_layers(self):
@@ -129,7 +130,7 @@ class LanguageModel(nn.Module):
             init = nn.with_logical_partitioning(normal(config.std), ("embed", "vocab"))
             head = self.param("head", init, (config.dim, config.vocab), jnp.float32)
             logits = x @ head.astype(dtype)
-        return logits.astype(jnp.float32), {"position": end, "layers": layers}
+        return widen(logits), {"position": end, "layers": layers}
 
     def _stack(self, dtype) -> Stack:
         config = self.config

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from memjax.cell import MemoryCell, run
 from memjax.nn.layers import Context, Dense, Norm, ShortConvolution
-from memjax.typing import Array, DTypeLike, Float, PyTree
+from memjax.typing import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
 GATES = {"none": None, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
@@ -40,7 +40,13 @@ class Mixer(nn.Module):
         weights = jax.eval_shape(lambda: self.cell.init_params(jax.random.key(0), self.heads))
         self.memory = {}
         if jax.tree.leaves(weights):
-            self.memory = self.param("memory", self.cell.init_params, self.heads)
+            self.memory = self.param("memory", self._init_memory)
+
+    def _init_memory(self, key: PRNGKeyArray) -> PyTree:
+        def name_axes(leaf):
+            return nn.LogicallyPartitioned(leaf, ("heads", *(None,) * (leaf.ndim - 1)))
+
+        return jax.tree.map(name_axes, self.cell.init_params(key, self.heads))
 
     def inputs(
         self, x: Float[Array, "B T D"], state: dict, ctx: Context
@@ -133,6 +139,7 @@ class ProjectionMixer(Mixer):
         """W_o (norm(y) * gate(W_g x))."""
         if self.norm != "none":
             y = self.output_norm(y)
-        if self.gate != "none":
-            y = y * GATES[self.gate](self.output_gate(x))
+        activation = GATES[self.gate]
+        if activation is not None:
+            y = y * activation(self.output_gate(x))
         return self.output(y)

@@ -1,0 +1,49 @@
+"""Draws mqar.png and prints the table of README.md from results.jsonl.
+
+    python experiments/mqar/plot.py
+"""
+
+import json
+import pathlib
+import statistics
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+HERE = pathlib.Path(__file__).parent
+
+
+def main():
+    rows = [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    runs = {cell: [row for row in rows if row["cell"] == cell] for cell in cells}
+    print("| cell | query accuracy, seeds in order | mean (sd) | seconds of training |")
+    print("|---|---|---|---|")
+    for cell, group in runs.items():
+        values = [row["query_accuracy"] for row in group]
+        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+        each = ", ".join(f"{value:.4f}" for value in values)
+        seconds = ", ".join(f"{row['seconds']:.0f}" for row in group)
+        print(f"| `{cell}` | {each} | {statistics.mean(values):.4f} ({spread:.4f}) | {seconds} |")
+    draw(runs)
+
+
+def draw(runs):
+    """One row of points per cell: every seed, and the mean as a bar."""
+    figure = Figure(figsize=(7, 0.6 * len(runs) + 1.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for height, group in enumerate(runs.values()):
+        values = [row["query_accuracy"] for row in group]
+        axes.plot(values, [height] * len(values), "o", color="#1f77b4", alpha=0.7)
+        axes.plot([statistics.mean(values)], [height], "|", color="black", markersize=16)
+    axes.axvline(0.99, color="0.5", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set_xlabel("query accuracy at the last step, one point a seed; bar: mean; dashed: 0.99")
+    axes.set_xlim(right=1.0005)
+    axes.grid(axis="x", alpha=0.25)
+    figure.savefig(HERE / "mqar.png")
+
+
+if __name__ == "__main__":
+    main()

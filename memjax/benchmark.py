@@ -1,0 +1,364 @@
+"""Speed and memory of the cells' forms, each checked before it is timed.
+
+    python -m memjax.benchmark --cells=delta_net --length=4096 --out=benchmark.json
+
+For every cell and form: milliseconds of the forward pass and of forward and backward (medians; the
+forms take turns, so that a busy machine slows all of them), microseconds of one decoding step per
+token of a batch row, seconds of compilation and peak temporary memory of forward and backward, and
+bytes of one sequence's state. A form whose values or gradients are further from `scan` than
+max(1e-5, 3 x scan's own distance from float64) is refused, on at most `GATE` tokens.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import memjax
+from memjax import cells, inputs
+from memjax.cell import FORMS, MemoryCell
+from memjax.config import UserError, exit_on_user_error, parse_flags, user_errors, write_text
+from memjax.registry import CellSpec
+from memjax.typing import PyTree
+
+GATE = 256  # tokens on which a form is compared with scan
+STEPS = 20  # decoding steps in one timed call
+SHOWN = tuple(reversed(FORMS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """batch rows of length tokens; heads memories of dim x dim; window of sliding_window."""
+
+    batch: int = 1
+    length: int = 4096
+    heads: int = 4
+    dim: int = 64
+    window: int = 256
+
+
+def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
+    """The cell of a spec at the benchmark's sizes, with the library's chunk and block.
+
+    A cell that sees all tokens gets room for the sequence and for the decoded tokens.
+    """
+    cell = spec.cell()
+    known = {field.name: field for field in dataclasses.fields(cell)}
+    changes: dict[str, Any] = {
+        name: known[name].default for name in ("chunk", "block") if name in known
+    }
+    changes |= {name: shape.dim for name in inputs.SIZES.values() if name in known}
+    if "window" in known:
+        unbounded = hasattr(spec.mixer, "capacity")
+        changes["window"] = shape.length + STEPS if unbounded else shape.window
+    return dataclasses.replace(cell, **changes)
+
+
+def problem(spec: CellSpec, shape: Shape) -> tuple[MemoryCell, PyTree, PyTree]:
+    """(cell, its parameters, inputs), the same at every call."""
+    cell = make_cell(spec, shape)
+    params = jax.device_get(cell.init_params(jax.random.key(0), shape.heads))
+    rng = np.random.default_rng(0)
+    return cell, params, inputs.draw(spec, cell, rng, shape.batch, shape.length, shape.heads)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def forward(cell: MemoryCell, form: str | None, params: PyTree, xs: PyTree, state: PyTree = None):
+    """(y, state) of one form."""
+    return memjax.run(cell, params, xs, state=state, implementation=form)
+
+
+def backward(cell: MemoryCell, form: str, params: PyTree, xs: PyTree, cotangent):
+    """((y, state), gradients of <cotangent, y> and of the sum of the final state's squares)."""
+
+    def loss(weights, xs):
+        y, state = forward(cell, form, weights, xs)
+        floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
+        return jnp.sum(cotangent * y) + sum(0.5 * jnp.mean(a * a) for a in floats), (y, state)
+
+    (_, out), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, xs)
+    return out, gradients
+
+
+def forms_of(cell: MemoryCell, params: PyTree, xs: PyTree, wanted: Sequence[str]) -> list[str]:
+    """Those of `wanted` that serve this cell, `scan` first."""
+    serving = []
+    for form in (form for form in SHOWN if form in wanted):
+        try:
+            jax.eval_shape(functools.partial(forward, cell, form), params, xs)
+        except NotImplementedError:
+            continue
+        serving.append(form)
+    return serving
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def distances(value: PyTree, exact: PyTree) -> list[float]:
+    """Relative RMS distance of each leaf; infinite where a value is not finite."""
+    found = []
+    for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(exact), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        size, difference = np.sqrt(np.mean(b * b)), np.sqrt(np.mean((a - b) ** 2))
+        far = float(difference / size) if difference else 0.0
+        found.append(far if math.isfinite(far) else math.inf)
+    return found
+
+
+def check(spec: CellSpec, shape: Shape, forms: Sequence[str]) -> dict[str, float]:
+    """Distance of each form from `scan`, the worst over y, state and gradients.
+
+    Raises:
+      UserError: a form is further away than max(1e-5, 3 x scan's distance from float64).
+    """
+    shape = dataclasses.replace(shape, batch=1, length=min(shape.length, GATE))
+    cell, params, xs = problem(spec, shape)
+    answers = jax.eval_shape(functools.partial(forward, cell, "scan"), params, xs)[0]
+    cotangent = np.random.default_rng(1).normal(size=answers.shape).astype(np.float32)
+
+    def results(form, dtype):
+        given = jax.tree.map(lambda a: np.asarray(a, dtype), (params, xs, cotangent))
+        owner = jax if hasattr(jax, "enable_x64") else jax.experimental
+        with owner.enable_x64(dtype == np.float64):
+            return jax.device_get(jax.jit(functools.partial(backward, cell, form))(*given))
+
+    own, found = results("scan", np.float32), {}
+    bounds = [max(1e-5, 3 * d) for d in distances(own, results("scan", np.float64))]
+    for form in forms:
+        far = distances(own if form == "scan" else results(form, np.float32), own)
+        for distance, bound in zip(far, bounds, strict=True):
+            if distance > bound:
+                raise UserError(
+                    f"{spec.name}, {form}: relative distance {distance:.1e} from scan, allowed "
+                    f"{bound:.1e}; it is wrong and is not timed. Run the contract tests: "
+                    "python -m pytest tests/test_contract.py"
+                )
+        found[form] = max(far)
+    return found
+
+
+# ---------------------------------------------------------------- timing
+
+
+def compile_(function: Callable, *arguments) -> tuple[Callable, float, int | None]:
+    """(compiled function, seconds of compilation, bytes of temporary memory or None)."""
+    begin = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - begin
+    analysis = compiled.memory_analysis()
+    return compiled, seconds, getattr(analysis, "temp_size_in_bytes", None)
+
+
+def time_in_turns(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    """Median seconds of each call, after one call that is not counted; they take turns."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+def measure(
+    spec: CellSpec,
+    shape: Shape,
+    forms: Sequence[str] = FORMS,
+    repeats: int = 5,
+    limit: float = math.inf,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """One record for each form of one cell, `scan` first.
+
+    limit: bytes of temporary memory; what needs more is not timed (None in the record).
+
+    Raises:
+      UserError: a form is wrong; see `check`.
+    """
+    cell, params, xs = problem(spec, shape)
+    serving = forms_of(cell, params, xs, forms)
+    distance = check(spec, shape, serving)
+    params, xs = jax.device_put((params, xs))
+    state = jax.eval_shape(lambda: memjax.initial_state(cell, params, 1, shape.heads))
+    records: dict[str, dict[str, Any]] = {}
+    calls = {}
+    for form in serving:
+        compiled, sizes = compile_both(cell, form, params, xs)
+        ready = {key: f for key, f in compiled.items() if (sizes[key][1] or 0) <= limit}
+        calls |= {(form, key): function for key, function in ready.items()}
+        records[form] = {"cell": spec.name, "form": form, **dataclasses.asdict(shape)}
+        records[form] |= dict.fromkeys(("forward_ms", "both_ms", "decode_us"))
+        records[form] |= {
+            "distance_from_scan": distance[form],
+            "compile_s": sizes["both_ms"][0],
+            "peak_bytes": sizes["both_ms"][1],
+            "forward_peak_bytes": sizes["forward_ms"][1],
+            "state_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)),
+        }
+        skipped = "" if len(ready) == len(compiled) else "; too large to time, see --max_gib"
+        say(f"{spec.name:<17} {form:<8} compiled in {sizes['both_ms'][0]:.1f} s{skipped}")
+    calls |= decode_calls(cell, params, xs, serving)
+    for (form, key), seconds in time_in_turns(calls, repeats).items():
+        records[form][key] = seconds * (1e6 / STEPS / shape.batch if key == "decode_us" else 1e3)
+    return with_ratios(list(records.values()))
+
+
+def compile_both(cell: MemoryCell, form: str, params: PyTree, xs: PyTree) -> tuple[dict, dict]:
+    """Calls of the forward pass and of forward and backward, and (seconds, bytes) of each."""
+    ahead = functools.partial(forward, cell, form)
+    cotangent = jnp.ones_like(jax.eval_shape(ahead, params, xs)[0])
+    calls, sizes = {}, {}
+    for key, function, given in (
+        ("forward_ms", ahead, (params, xs)),
+        ("both_ms", functools.partial(backward, cell, form), (params, xs, cotangent)),
+    ):
+        compiled, *sizes[key] = compile_(function, *given)
+        calls[key] = functools.partial(compiled, *given)
+    return calls, sizes
+
+
+def decode_calls(cell: MemoryCell, params: PyTree, xs: PyTree, forms: Sequence[str]) -> dict:
+    """One timed call for each form: `STEPS` tokens one by one through the jitted step."""
+    batch, heads = jax.tree.leaves(xs)[0].shape[0], memjax.recurrence.memories(params, None, xs)
+    token = jax.tree.map(lambda a: a[:, :1], xs)
+    state = memjax.initial_state(cell, params, batch, heads)
+
+    def steps(step):
+        carried = state
+        for _ in range(STEPS):
+            y, carried = step(params, token, carried)
+        return y, carried
+
+    return {
+        (form, "decode_us"): functools.partial(
+            steps, compile_(functools.partial(forward, cell, form), params, token, state)[0]
+        )
+        for form in forms
+    }
+
+
+def with_ratios(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds how many times faster and smaller than `scan` each form is, where `scan` was run."""
+    base = next((record for record in records if record["form"] == "scan"), None)
+    for record in records:
+        for ratio, key in RATIOS.items():
+            known = base is not None and base[key] and record[key]
+            record[ratio] = base[key] / record[key] if base is not None and known else None
+    return records
+
+
+RATIOS = {"forward_x": "forward_ms", "both_x": "both_ms", "peak_x": "peak_bytes"}
+
+
+# ---------------------------------------------------------------- the table and the command
+
+# heading, key, how to show it, unit
+COLUMNS = (
+    ("cell", "cell", "{}", 1),
+    ("form", "form", "{}", 1),
+    ("forward ms", "forward_ms", "{:.2f}", 1),
+    ("x scan", "forward_x", "{:.2f}", 1),
+    ("fwd+bwd ms", "both_ms", "{:.2f}", 1),
+    ("x scan", "both_x", "{:.2f}", 1),
+    ("peak MiB", "peak_bytes", "{:.2f}", 2**20),
+    ("x scan", "peak_x", "{:.2f}", 1),
+    ("decode us", "decode_us", "{:.1f}", 1),
+    ("compile s", "compile_s", "{:.2f}", 1),
+    ("state KiB", "state_bytes", "{:.1f}", 2**10),
+)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Aligned columns, text left and numbers right; `x scan` is scan's figure over this one's."""
+    rows = [[heading for heading, *_ in COLUMNS]]
+    for record in records:
+        values = [(record[key], show, unit) for _, key, show, unit in COLUMNS]
+        rows.append([
+            "-" if value is None else show.format(value if unit == 1 else value / unit)
+            for value, show, unit in values
+        ])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The command's flags; made when it runs, so that other programs may import this module."""
+    shape, common = Shape(), {"flag_values": values}
+    flags.DEFINE_list("cells", [], "names of cells; all when not given", **common)
+    flags.DEFINE_list("forms", list(SHOWN), "forms to measure", **common)
+    for field, text in (
+        ("batch", "sequences"),
+        ("length", "tokens in a sequence"),
+        ("heads", "memories of a layer"),
+        ("dim", "key and value dimension of one memory"),
+        ("window", "tokens that sliding_window sees"),
+    ):
+        flags.DEFINE_integer(field, getattr(shape, field), text, lower_bound=1, **common)
+    flags.DEFINE_integer("repeats", 5, "timed calls, median shown", lower_bound=1, **common)
+    flags.DEFINE_float("max_gib", 4, "temporary memory that may be timed", 0, **common)
+    flags.DEFINE_string("out", "", "file for the figures as JSON", **common)
+
+
+def chosen(given: flags.FlagValues, rest: Sequence[str]) -> tuple[Shape, list[str], list[str]]:
+    """(shape, names of cells, forms) of the flags; UserError for what does not exist."""
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag; see python -m memjax.benchmark --help")
+    with user_errors("--cells"):
+        names = [cells.get(name).name for name in given["cells"].value] or cells.names()
+    for form in given["forms"].value:
+        if form not in FORMS:
+            raise UserError(f"--forms: no form {form!r}; allowed: {', '.join(SHOWN)}")
+    shape = Shape(**{field.name: given[field.name].value for field in dataclasses.fields(Shape)})
+    return shape, names, given["forms"].value
+
+
+@exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    given = flags.FLAGS
+    shape, names, forms = chosen(given, argv)
+    about = {
+        "memjax": memjax.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "machine": platform.machine(),
+        "repeats": given.repeats,
+    }
+    sizes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(shape).items())
+    print(f"{sizes}, float32, {about['device']}, jax {jax.__version__}")
+    say, limit = functools.partial(print, file=sys.stderr, flush=True), given.max_gib * 2**30
+    records = [
+        record
+        for name in names
+        for record in measure(cells.get(name), shape, forms, given.repeats, limit, say)
+    ]
+    print(table(records))
+    if given.out:
+        with user_errors(f"--out={given.out}", OSError):
+            write_text(given.out, json.dumps({**about, "records": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=functools.partial(parse_flags, config=False))

@@ -1,0 +1,52 @@
+"""Random inputs for any registered cell, drawn from its spec: for tests and benchmarks."""
+
+from typing import Any
+
+import numpy as np
+
+from memjax.cell import MemoryCell
+from memjax.registry import CellSpec, Field
+
+SIZES = {"K": "key_dim", "V": "value_dim"}  # letter of a Field's shape -> field of the cell
+
+
+def draw(
+    spec: CellSpec,
+    cell: MemoryCell,
+    rng: np.random.Generator,
+    batch: int,
+    length: int,
+    heads: int,
+    queries: int = 1,
+) -> Any:
+    """Independent inputs of `cell`, float32 leaves [batch, length, heads, ...].
+
+    queries: G, the queries that share one memory, where the cell has that axis.
+    """
+    leaves = {}
+    for name, field in spec.fields.items():
+        axes = field_shape(field, cell, queries)
+        leaves[name] = draw_field(field, rng, (batch, length, heads, *axes)).astype(np.float32)
+    return spec.inputs(**leaves)
+
+
+def field_shape(field: Field, cell: MemoryCell, queries: int = 1) -> tuple[int, ...]:
+    """The axes of one token of one head."""
+    return tuple(queries if a == "G" else getattr(cell, SIZES[a]) for a in field.shape.split())
+
+
+def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """One leaf in float64. value: normal; query, key: uniform on the unit sphere; log_decay:
+    -softplus(z - 1); rate: low + (high - low) sigmoid(z), with z normal."""
+    normal = rng.normal(size=shape)
+    if field.kind == "value":
+        return normal
+    if field.kind in ("query", "key"):
+        return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
+    if field.kind == "log_decay":
+        return -np.logaddexp(0, normal - 1)
+    if field.kind == "rate":
+        return field.low + (field.high - field.low) / (1 + np.exp(-normal))
+    raise ValueError(
+        f"field kind {field.kind!r}: allowed are query, key, value, log_decay and rate"
+    )

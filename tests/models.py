@@ -1,0 +1,137 @@
+"""Tiny language models over every registered mixer, and how tests run them.
+
+`apply` gives (logits, state) in numpy; `exact` the same in float64 from the same parameters.
+Every call of a model with masks and a state shares one compilation for each length.
+"""
+
+import dataclasses
+import functools
+
+import contract
+import flax.linen as nn
+import jax
+import numpy as np
+
+import memjax
+from memjax.nn.lm import LanguageModel, ModelConfig, initial_state
+from memjax.nn.stack import mixer_names, mixer_options
+from memjax.registry import get
+from memjax.train_step import init_params
+
+BATCH, LENGTH, VOCAB = 3, 13, 17
+
+# Most of the time goes into compiling; less of XLA's optimisation halves it.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+# The layers of each model; cells stand alone, so that a mistake names its cell.
+CELLS = {name: (((name,), 1),) for name in memjax.cells.names()}
+COMBINED = {
+    "scanned": ((("base_conv",), 1), (("gated_delta_net", "sliding_window"), 2)),
+    "hybrid": ((("hybrid(sliding_window, gated_delta_net)",), 2),),
+    "sequential": ((("hybrid(attention, linear_attention)",), 1),),
+    "nested": ((("hybrid(attention, hybrid(sliding_window, delta_net))",), 1),),
+}
+FAST = {**CELLS, **COMBINED}
+PRODUCT = {
+    f"{form}-{cell}": layers
+    for cell in memjax.cells.names()
+    for form, layers in {
+        "scanned": (((cell,), 2),),
+        "behind_base_conv": ((("base_conv", cell), 2),),
+        "hybrid": (((f"hybrid(sliding_window, {cell})",), 2),),
+        "sequential": (((f"hybrid({cell}, delta_net)",), 1),),
+    }.items()
+}
+ALL = {**FAST, **PRODUCT}
+
+
+class Wide(ModelConfig):
+    """A config whose dtype may be float64, which is for references only."""
+
+    def __post_init__(self):
+        pass
+
+
+def options(layers, changes=None) -> dict:
+    """Two heads everywhere, windows of 5 and room for 40 tokens where a layer has a capacity."""
+    found = {}
+    for name in {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}:
+        small = {"heads": 2, "window": 40 if hasattr(get(name).mixer, "capacity") else 5}
+        found[name] = {k: v for k, v in small.items() if k in mixer_options(name)}
+    for name, changed in (changes or {}).items():
+        found[name] |= changed
+    return found
+
+
+def config(name: str, **changes) -> ModelConfig:
+    """The tiny config of one name of `ALL`; weights large enough that each layer matters."""
+    combine = {"hybrid": {"combine": "sequential"}} if name.startswith("sequential") else {}
+    settings = dict(layers=ALL[name], vocab=VOCAB, dim=16, mlp=1.0, std=0.3)
+    settings["mixers"] = options(settings["layers"], combine)
+    return ModelConfig(**{**settings, **changes})
+
+
+def initialise(shell: LanguageModel, seed: int = 1):
+    """Its parameters, unboxed."""
+    return nn.unbox(jit(functools.partial(init_params, shell))(jax.random.key(seed)))
+
+
+@functools.cache
+def model(name: str, dtype: str = "float32"):
+    """(LanguageModel, its parameters, jitted apply) of one name of `ALL`."""
+    shell = LanguageModel(config(name))
+    params = initialise(shell)
+    fields = {f.name: getattr(shell.config, f.name) for f in dataclasses.fields(ModelConfig)}
+    shell = LanguageModel(Wide(**{**fields, "dtype": dtype}))
+    if dtype == "float64":
+        with contract.x64(True):
+            params = contract.cast(contract.to_numpy(params), np.float64)
+    return shell, params, jit(shell.apply)
+
+
+def apply(name, tokens, state=None, reset=None, write=None, select=None, dtype="float32"):
+    """(logits, state) in numpy."""
+    _, params, run = model(name, dtype)
+    with contract.x64(dtype == "float64"):
+        if dtype == "float64":
+            state = contract.cast(state, np.float64)
+        return contract.to_numpy(run({"params": params}, tokens, state, reset, write, select))
+
+
+@functools.cache
+def fresh(name: str):
+    """The initial state of `BATCH` sequences, explicit."""
+    shell, params, _ = model(name)
+    return contract.to_numpy(jit(lambda params: initial_state(shell, params, BATCH))(params))
+
+
+def masks(length: int, reset=(), unwritten=()):
+    """reset, write [BATCH, length]: True, False at these tokens of every row."""
+    first, written = np.zeros((BATCH, length), bool), np.ones((BATCH, length), bool)
+    first[:, list(reset)] = True
+    written[:, list(unwritten)] = False
+    return first, written
+
+
+def text(seed: int = 0, length: int = LENGTH) -> np.ndarray:
+    """Random tokens [BATCH, length]."""
+    return np.random.default_rng(seed).integers(0, VOCAB, (BATCH, length)).astype(np.int32)
+
+
+def explicit(name, tokens):
+    """The arguments of `apply` for plain tokens, with what `None` stands for."""
+    return (tokens, fresh(name), *masks(tokens.shape[1]))
+
+
+def assert_close(name, out, given, what: str) -> None:
+    """`out` against the float64 model on `given`, all the arguments of `apply`."""
+    own, exact = (
+        contract.named(apply(name, *given, dtype=dtype)) for dtype in ("float32", "float64")
+    )
+    contract.assert_close(contract.named(out), own, exact, f"{name}, {what}")

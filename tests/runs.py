@@ -1,0 +1,111 @@
+"""Tiny runs for the tests of the commands: settings, files of text, and how a run is started."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from memjax import config
+
+ROOT = pathlib.Path(__file__).parents[1]
+MQAR = f"{ROOT}/configs/mqar.py"
+TEXT = f"{ROOT}/configs/quickstart.py"
+COMMON = {
+    "steps": 12,
+    "batch": 4,
+    "optim.warmup": 2,
+    "eval.every": 5,
+    "eval.batches": 1,
+    "checkpoint.every": 4,
+    "log.every": 3,
+}
+TASK = {
+    **COMMON,
+    "data.length": 16,
+    "data.pairs": 2,
+    "data.vocab": 32,
+    "data.eval_examples": 8,
+    "model.vocab": 32,
+    "model.dim": 8,
+}
+HYBRID = ((("hybrid(sliding_window, gated_delta_net)",), 1),)
+PAGES = {
+    "a.txt": "The quick brown fox jumps over the lazy dog.\n" * 6,
+    "b.txt": "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.\n" * 5,
+    "c.txt": "いろはにほへと ちりぬるを\n" * 4,
+    "d.txt": "0123456789 " * 30,
+    "e.txt": "Portez ce vieux whisky au juge blond qui fume.\n" * 6,
+    "f.txt": "x = 1\n",
+}
+
+
+def text(folder, **changes) -> dict:
+    """Settings of a run on the files of `folder`/pages, which are written."""
+    pages = pathlib.Path(folder) / "pages"
+    pages.mkdir(exist_ok=True)
+    for name, content in PAGES.items():
+        (pages / name).write_text(content, encoding="utf-8")
+    sizes = {"data.length": 16, "data.holdout": 0.45, "model.dim": 16, "model.layers": HYBRID}
+    windows = {"model.mixers.sliding_window.window": 6}
+    return {**COMMON, **sizes, **windows, "data.glob": f"{pages}/*.txt", **changes}
+
+
+def load(source: str, settings: dict):
+    """The config of a file with these settings."""
+    return config.load(source, settings)
+
+
+def arguments(source: str, workdir, settings: dict) -> list[str]:
+    """The same, as a command line without the program."""
+    changed = [f"--config.{name}={value}" for name, value in settings.items()]
+    return [f"--config={source}", f"--workdir={workdir}", *changed]
+
+
+def command(module: str, *args: str, cache=None, **variables) -> subprocess.Popen:
+    """Starts `python -m memjax.<module>`, its output in pipes.
+
+    cache: folder for compiled programs, which makes the next start of the same run cheaper.
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables}
+    if cache is not None:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+    return subprocess.Popen(
+        [sys.executable, "-m", f"memjax.{module}", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """Waits for a process that must exit with `code`; its two outputs."""
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == code, f"exit {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    return out, err
+
+
+def records(workdir) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock; every line must be whole."""
+    with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_second")} for r in rows]
+
+
+def summary(workdir) -> dict:
+    """summary.json without what depends on the clock."""
+    with open(os.path.join(workdir, "summary.json"), encoding="utf-8") as file:
+        values = json.load(file)
+    return {k: v for k, v in values.items() if k not in ("seconds", "tokens_per_second")}
+
+
+def tree(folder) -> dict[str, bytes]:
+    """Every file below a folder with its content; {} when there is no folder."""
+    found = pathlib.Path(folder).rglob("*")
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(found)}

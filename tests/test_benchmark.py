@@ -1,0 +1,159 @@
+"""The benchmark's gate, records, table and command, at tiny sizes; nothing here is timed."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from memjax import benchmark, cells, inputs
+from memjax.benchmark import Shape
+from memjax.cells.delta_net import DeltaNet
+from memjax.config import parse_flags
+from memjax.errors import UserError, exit_on_user_error
+
+TINY = Shape(batch=2, length=9, heads=2, dim=4, window=5)
+
+
+@pytest.mark.parametrize("name", cells.names())
+def test_the_cells_have_the_sizes_and_the_librarys_chunk(name):
+    spec = cells.get(name)
+    cell, _, xs = benchmark.problem(spec, TINY)
+    assert (cell.key_dim, cell.value_dim) == (4, 4)
+    for field in dataclasses.fields(cell):
+        if field.name in ("chunk", "block"):
+            assert getattr(cell, field.name) == field.default
+    for leaf in xs:
+        assert leaf.shape[:3] == (2, 9, 2) and leaf.dtype == np.float32
+    if name == "sliding_window":
+        assert cell.window == 5
+    if name == "attention":
+        assert cell.window >= 9 + benchmark.STEPS
+
+
+def test_draw_holds_what_the_fields_say():
+    spec = cells.get("gated_delta_net")
+    cell = benchmark.make_cell(spec, TINY)
+    xs = inputs.draw(spec, cell, np.random.default_rng(0), 2, 50, 3)
+    again = inputs.draw(spec, cell, np.random.default_rng(0), 2, 50, 3)
+    for leaf, same in zip(xs, again, strict=True):
+        assert np.array_equal(leaf, same)
+    for leaf in (xs.q, xs.k):
+        np.testing.assert_allclose(np.linalg.norm(leaf, axis=-1), 1, atol=1e-6)
+    assert (xs.g <= 0).all() and (0 <= xs.beta).all() and (xs.beta <= 2).all()
+    field = dataclasses.replace(spec.fields["v"], kind="vlaue")
+    with pytest.raises(ValueError, match="field kind 'vlaue': allowed are query, key"):
+        inputs.draw_field(field, np.random.default_rng(0), (2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongValues(DeltaNet):
+    """Its chunked form forgets to carry 0.1 % of the answer."""
+
+    def chunked(self, params, state, xs, reset, write):
+        y, state = super().chunked(params, state, xs, reset, write)
+        return 0.999 * y, state
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongGradient(DeltaNet):
+    """Its chunked form has the right values and stops the gradient of beta."""
+
+    def chunked(self, params, state, xs, reset, write):
+        xs = xs._replace(beta=jax.lax.stop_gradient(xs.beta))
+        return super().chunked(params, state, xs, reset, write)
+
+
+@pytest.mark.parametrize("cell", [WrongValues, WrongGradient])
+def test_the_gate_refuses_a_wrong_form(cell):
+    spec = dataclasses.replace(cells.get("delta_net"), cell=lambda: cell(8, 6))
+    assert benchmark.check(spec, TINY, ["scan"]) == {"scan": 0.0}
+    with pytest.raises(UserError, match="delta_net, chunked: relative distance .* is not timed"):
+        benchmark.measure(spec, TINY)
+
+
+def test_the_gate_refuses_what_is_not_finite():
+    assert benchmark.distances([np.array([1.0, np.nan])], [np.ones(2)]) == [math.inf]
+    assert benchmark.distances([np.ones(2)], [np.ones(2)]) == [0.0]
+
+
+def test_records():
+    said = []
+    records = benchmark.measure(
+        cells.get("gated_delta_net"), TINY, repeats=1, say=said.append
+    )
+    scan, chunked = records
+    assert [scan["form"], chunked["form"]] == ["scan", "chunked"] and len(said) == 2
+    for record in records:
+        for key in ("forward_ms", "both_ms", "decode_us", "compile_s", "peak_bytes"):
+            assert record[key] > 0, key
+        assert record["state_bytes"] == 2 * 4 * 4 * 4
+        assert record["both_x"] == scan["both_ms"] / record["both_ms"]
+    assert chunked["distance_from_scan"] <= 1e-4
+    lines = benchmark.table(records).splitlines()
+    assert len(lines) == 3 and lines[0].startswith("cell")
+    assert {line.rindex(" ") for line in lines}  # every row has several columns
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_what_is_too_large_is_not_timed():
+    records = benchmark.measure(cells.get("delta_net"), TINY, ["chunked"], 1, limit=0)
+    (record,) = records
+    assert record["both_ms"] is None and record["both_x"] is None and record["peak_bytes"] > 0
+    assert " - " in benchmark.table(records)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "memjax.benchmark", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_command(tmp_path):
+    out = tmp_path / "figures.json"
+    done = command(
+        "--cells=linear_attention", "--length=5", "--heads=1", "--dim=2", "--repeats=1",
+        f"--out={out}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("linear_attention") == 2
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert [r["form"] for r in figures["records"]] == ["scan", "chunked"]
+    assert figures["records"][0]["length"] == 5 and figures["platform"] == "cpu"
+    assert done.stdout.splitlines()[1].split()[:2] == ["cell", "form"]
+
+
+# flags, and what the message says
+MISTAKES = {
+    "--cells=delta_nte": "Did you mean 'delta_net'?",
+    "--forms=chunkd": "--forms: no form 'chunkd'; allowed: scan, chunked, pallas",
+    "--length=0": "--length",
+    "--dim=many": "many",
+    "--lenght=5": "length",
+    "extra": "'extra' is no flag",
+}
+
+
+@exit_on_user_error
+def start(flag):
+    values = flags.FlagValues()
+    benchmark.define_flags(values)
+    rest = parse_flags(["benchmark", flag], config=False, flag_values=values)
+    return benchmark.chosen(values, rest)
+
+
+def test_mistakes_are_one_message(capsys):
+    for given, message in MISTAKES.items():
+        with pytest.raises(SystemExit) as stop:
+            start(given)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err

@@ -1,0 +1,136 @@
+"""A run that is killed, terminated or interrupted at any moment continues as if nothing had been.
+
+The processes are those a person starts. Moments are drawn with a seed and expressed in what the run
+has done (its records, its files), so that they mean the same on a fast and on a slow machine.
+"""
+
+import dataclasses
+import glob
+import os
+import random
+import signal
+import time
+
+import pytest
+import runs
+
+from memjax import metrics, train
+
+STEPS, EVAL, SAVE = 120, 8, 10
+LONG = {"steps": STEPS, "checkpoint.every": SAVE, "eval.every": EVAL, "log.every": 40}
+
+
+@dataclasses.dataclass
+class Run:
+    """The same command in one workdir, again and again."""
+
+    args: list[str]
+    workdir: str
+    cache: str
+
+    def start(self):
+        return runs.command("train", *self.args, cache=self.cache)
+
+    def steps(self) -> int:
+        """The last recorded training step; 0 before the first."""
+        rows = metrics.read_records(f"{self.workdir}/metrics.jsonl")
+        return max((r["step"] for r in rows if r["kind"] == "train"), default=0)
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written: its folder has a temporary name."""
+        found = glob.glob(f"{self.workdir}/checkpoints/*")
+        return any(not os.path.basename(path).isdigit() for path in found)
+
+    def evaluating(self) -> bool:
+        """Whether the last record is that of a step after which the run evaluates."""
+        rows = metrics.read_records(f"{self.workdir}/metrics.jsonl")
+        return bool(rows) and rows[-1]["kind"] == "train" and rows[-1]["step"] % EVAL == 0
+
+    def send(self, number: int, moment, delay: float = 0.0, code: int | None = None) -> None:
+        """Starts the run and sends a signal `delay` seconds after `moment()` becomes true."""
+        process = self.start()
+        while not moment():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(number)
+        runs.finish(process, -number if code is None else code)
+
+
+def reach(run: Run, step: int):
+    """A moment: `step` is recorded."""
+    return lambda: run.steps() >= step
+
+
+def kill(run: Run, draw: random.Random, seconds: float, last: int) -> str:
+    """Kills -9 at a random moment, by step `last`; says what the run was doing."""
+    where = draw.choice(("start", "step", "save", "evaluation"))
+    step = min(last, run.steps() + 1 + draw.randrange(max(1, last - run.steps())))
+    doing = {"step": lambda: True, "save": run.saving, "evaluation": run.evaluating}
+
+    def moment():
+        if where == "start":
+            return True
+        steps = run.steps()
+        return steps >= step and (doing[where]() or steps >= step + 8)
+
+    run.send(signal.SIGKILL, moment, draw.uniform(0, seconds if where == "start" else 0.01))
+    return where
+
+
+def pair(tmp_path, source, settings) -> tuple[Run, Run, float]:
+    """An uninterrupted run, one to interrupt, and the seconds until a run has begun."""
+    cache = str(tmp_path / "cache")
+    whole, broken = (
+        Run(runs.arguments(source, tmp_path / name, settings), str(tmp_path / name), cache)
+        for name in ("whole", "broken")
+    )
+    began = time.monotonic()
+    runs.finish(whole.start())
+    return whole, broken, (time.monotonic() - began) / 2
+
+
+def check_same(whole: Run, broken: Run) -> None:
+    """All records, bit for bit and in order; the summary; and nothing left of unfinished saves."""
+    expected = runs.records(whole.workdir)
+    assert [r["step"] for r in expected if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in expected if r["kind"] == "eval"] == list(range(EVAL, STEPS + 1, EVAL))
+    assert runs.records(broken.workdir) == expected
+    assert runs.summary(broken.workdir) == runs.summary(whole.workdir)
+    assert runs.summary(broken.workdir)["finished"] is True
+    assert sorted(os.listdir(broken.workdir)) == sorted(os.listdir(whole.workdir))
+    assert sorted(os.listdir(f"{broken.workdir}/checkpoints")) == ["110", "120"]
+
+
+def text_settings(tmp_path) -> dict:
+    return runs.text(tmp_path, **LONG, accumulate=2)
+
+
+def test_killed_terminated_and_interrupted_run_equals_an_uninterrupted_one(tmp_path):
+    draw = random.Random(0)
+    whole, broken, seconds = pair(tmp_path, runs.TEXT, text_settings(tmp_path))
+    broken.send(signal.SIGKILL, lambda: True, draw.uniform(0, seconds))
+    broken.send(signal.SIGKILL, lambda: broken.steps() >= 19 and broken.saving())
+    broken.send(signal.SIGTERM, reach(broken, broken.steps() + 2), code=train.UNFINISHED)
+    stopped = runs.summary(broken.workdir)
+    assert stopped["finished"] is False and stopped["step"] == broken.steps()
+    assert os.path.isdir(f"{broken.workdir}/checkpoints/{stopped['step']}")
+    broken.send(signal.SIGINT, reach(broken, broken.steps() + 3), code=train.UNFINISHED)
+    assert runs.summary(broken.workdir)["step"] == broken.steps() > stopped["step"]
+    runs.finish(broken.start())
+    check_same(whole, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("kind", ["task", "text"])
+def test_ten_kills_in_one_run(tmp_path, kind):
+    source, settings = runs.MQAR, {**runs.TASK, **LONG}
+    if kind == "text":
+        source, settings = runs.TEXT, text_settings(tmp_path)
+    whole, broken, seconds = pair(tmp_path, source, settings)
+    draw = random.Random(kind)
+    moments = [kill(broken, draw, seconds, STEPS * (i + 1) // 11) for i in range(10)]
+    assert len(set(moments)) == 4, moments
+    runs.finish(broken.start())
+    check_same(whole, broken)
