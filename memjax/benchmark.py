@@ -196,7 +196,7 @@ def measure(
     params, xs = jax.device_put((params, xs))
     state = jax.eval_shape(lambda: memjax.initial_state(cell, params, 1, shape.heads))
     records: dict[str, dict[str, Any]] = {}
-    calls = {}
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for form in serving:
         compiled, sizes = compile_both(cell, form, params, xs)
         ready = {key: f for key, f in compiled.items() if (sizes[key][1] or 0) <= limit}
@@ -304,7 +304,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; made when it runs, so that other programs may import this module."""
-    shape, common = Shape(), {"flag_values": values}
+    shape, common = Shape(), dict[str, Any](flag_values=values)
     flags.DEFINE_list("cells", [], "names of cells; all when not given", **common)
     flags.DEFINE_list("forms", list(SHOWN), "forms to measure", **common)
     for field, text in (
@@ -325,12 +325,12 @@ def chosen(given: flags.FlagValues, rest: Sequence[str]) -> tuple[Shape, list[st
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; see python -m memjax.benchmark --help")
     with user_errors("--cells"):
-        names = [cells.get(name).name for name in given["cells"].value] or cells.names()
-    for form in given["forms"].value:
+        names = [cells.get(name).name for name in given.cells] or cells.names()
+    for form in given.forms:
         if form not in FORMS:
             raise UserError(f"--forms: no form {form!r}; allowed: {', '.join(SHOWN)}")
-    shape = Shape(**{field.name: given[field.name].value for field in dataclasses.fields(Shape)})
-    return shape, names, given["forms"].value
+    shape = Shape(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Shape)})
+    return shape, names, given.forms
 
 
 @exit_on_user_error

@@ -52,7 +52,11 @@ def sample(
             f"capacity of {limit}; ask for at most {max(0, limit - len(prompt))}"
         )
     advance = jax.jit(functools.partial(_advance, model, temperature, top_k))
-    key, state = jax.random.key(seed), None
+    return _draw(advance, params, prompt, length, jax.random.key(seed))
+
+
+def _draw(advance, params, prompt, length, key):
+    state = None
     inputs = np.asarray(prompt, np.int32)[None]
     for i in range(length):
         token, state = advance(params, inputs, state, jax.random.fold_in(key, i))
@@ -104,7 +108,11 @@ def define_flags() -> None:
 
 @config.exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    del argv
+    if argv[1:]:
+        raise config.UserError(
+            f"{argv[1]!r} is no flag; flags begin with --, and a text with spaces needs quotes, as "
+            "in --prompt='def main'"
+        )
     logging.set_verbosity(logging.WARNING)  # orbax tells a lot
     given = flags.FLAGS
     step, model, params, meta = load(given.workdir, given.step)
@@ -115,7 +123,6 @@ def main(argv: Sequence[str]) -> None:
         )
     prompt = [text_tokens.BOS, *text_tokens.encode(given.prompt)]
     with config.user_errors("generate"):
-        print(given.prompt, end="", flush=True)
         continuation = sample(
             model,
             params,
@@ -125,8 +132,9 @@ def main(argv: Sequence[str]) -> None:
             top_k=given.top_k,
             seed=given.seed,
         )
-        for piece in stream_text(continuation):
-            print(piece, end="", flush=True)
+    print(given.prompt, end="", flush=True)
+    for piece in stream_text(continuation):
+        print(piece, end="", flush=True)
     print()
 
 

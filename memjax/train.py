@@ -251,9 +251,11 @@ def report(summary: dict[str, Any], workdir: str) -> str:
         lines += ["", "a sample, from the start of a document:", "", summary["sample"]]
     lines += [
         "",
-        f"{summary['steps']} steps in {progress.duration(summary['seconds'])}, "
-        f"{progress.human(summary['tokens_per_second'])} tokens/s, "
-        f"{progress.human(summary['parameters'])} parameters",
+        (
+            f"{summary['steps']} steps in {progress.duration(summary['seconds'])}, "
+            f"{progress.human(summary['tokens_per_second'])} tokens/s, "
+            f"{progress.human(summary['parameters'])} parameters"
+        ),
         f"loss curve: {os.path.join(workdir, 'loss.png')}",
         f"figures:    {os.path.join(workdir, 'summary.json')}",
     ]
@@ -262,7 +264,11 @@ def report(summary: dict[str, Any], workdir: str) -> str:
 
 @config.exit_on_user_error
 def main(argv: Sequence[str]) -> int:
-    del argv
+    if argv[1:]:
+        raise config.UserError(
+            f"{argv[1]!r} is no flag; write --config.section.field=value, a value with spaces in "
+            "quotes"
+        )
     logging.set_verbosity(logging.WARNING)  # orbax tells a lot
     settings, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if not workdir:

@@ -18,7 +18,7 @@ from memjax.nn.stack import mixer_names, mixer_options
 from memjax.registry import get
 from memjax.train_step import init_params
 
-BATCH, LENGTH, VOCAB = 3, 13, 17
+BATCH, LENGTH, VOCAB = 3, 10, 17
 
 # Most of the time goes into compiling; less of XLA's optimisation halves it.
 jit = functools.partial(
@@ -32,8 +32,7 @@ jit = functools.partial(
 # The layers of each model; cells stand alone, so that a mistake names its cell.
 CELLS = {name: (((name,), 1),) for name in memjax.cells.names()}
 COMBINED = {
-    "scanned": ((("base_conv",), 1), (("gated_delta_net", "sliding_window"), 2)),
-    "hybrid": ((("hybrid(sliding_window, gated_delta_net)",), 2),),
+    "scanned": ((("base_conv",), 1), (("hybrid(sliding_window, gated_delta_net)",), 2)),
     "sequential": ((("hybrid(attention, linear_attention)",), 1),),
     "nested": ((("hybrid(attention, hybrid(sliding_window, delta_net))",), 1),),
 }
@@ -59,10 +58,10 @@ class Wide(ModelConfig):
 
 
 def options(layers, changes=None) -> dict:
-    """Two heads everywhere, windows of 5 and room for 40 tokens where a layer has a capacity."""
+    """Two heads everywhere, windows of 3 and room for 40 tokens where a layer has a capacity."""
     found = {}
     for name in {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}:
-        small = {"heads": 2, "window": 40 if hasattr(get(name).mixer, "capacity") else 5}
+        small = {"heads": 2, "window": 40 if hasattr(get(name).mixer, "capacity") else 3}
         found[name] = {k: v for k, v in small.items() if k in mixer_options(name)}
     for name, changed in (changes or {}).items():
         found[name] |= changed

@@ -6,7 +6,11 @@ import pathlib
 import subprocess
 import sys
 
-from memjax import config
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from memjax import config, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 MQAR = f"{ROOT}/configs/mqar.py"
@@ -38,6 +42,7 @@ PAGES = {
     "e.txt": "Portez ce vieux whisky au juge blond qui fume.\n" * 6,
     "f.txt": "x = 1\n",
 }
+_TRAINED: list[str] = []
 
 
 def text(folder, **changes) -> dict:
@@ -48,7 +53,38 @@ def text(folder, **changes) -> dict:
         (pages / name).write_text(content, encoding="utf-8")
     sizes = {"data.length": 16, "data.holdout": 0.45, "model.dim": 16, "model.layers": HYBRID}
     windows = {"model.mixers.sliding_window.window": 6}
-    return {**COMMON, **sizes, **windows, "data.glob": f"{pages}/*.txt", **changes}
+    return {**COMMON, "data.glob": f"{pages}/*.txt", **sizes, **windows, **changes}
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Keeps compiled programs in a folder, for modules that make the same run again and again."""
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    _configure(settings)
+    yield
+    _configure(before)
+
+
+def _configure(settings: dict) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # jax reads the settings once, at its next compilation
+
+
+def trained(factory) -> str:
+    """The workdir of a finished run on text, made once in a process."""
+    if not _TRAINED:
+        folder = factory.mktemp("trained")
+        settings = text(folder, steps=12, accumulate=2)
+        _TRAINED.append(str(folder / "run"))
+        train.train(load(TEXT, settings), _TRAINED[0])
+    return _TRAINED[0]
 
 
 def load(source: str, settings: dict):

@@ -128,11 +128,11 @@ def test_hybrid_equals_its_equation(combine):
     shared = dict(dim=8, std=0.5)
     ctx = Context(None, None, jnp.broadcast_to(jnp.arange(7), (2, 7)))
     module = make_mixer("hybrid(sliding_window, delta_net)", options, **shared)(name="mixer")
-    params = nn.unbox(module.init(KEY, x, None, ctx)["params"])
+    params = nn.unbox(models.jit(module.init)(KEY, x, None, ctx)["params"])
 
     def inner(name, which, x):
         mixer = make_mixer(name, options, **shared)(name="mixer")
-        return np.asarray(mixer.apply({"params": params[which]}, x, None, ctx)[0])
+        return np.asarray(models.jit(mixer.apply)({"params": params[which]}, x, None, ctx)[0])
 
     held = inner("delta_net", "memory", x)
     if combine == "sequential":
@@ -142,7 +142,7 @@ def test_hybrid_equals_its_equation(combine):
         gate = x @ np.asarray(params["gate"]["kernel"]) + params["gate"]["bias"]
         share = 1 / (1 + np.exp(-gate))
         expected = share * inner("sliding_window", "attention", x) + (1 - share) * held
-    y, state, _ = module.apply({"params": params}, x, None, ctx)
+    y, state, _ = models.jit(module.apply)({"params": params}, x, None, ctx)
     assert distance(y, expected) <= 2e-6
     assert set(state) == {"attention", "memory"}
 
@@ -191,7 +191,7 @@ IMPOSSIBLE = {
     "beta_max must lie in (0, 2]; given 3": ("delta_net", {"beta_max": 3.0}),
     "gate 'tanh': allowed are none, silu, sigmoid": ("delta_net", {"gate": "tanh"}),
     "norm 'l2': allowed are 'rms' and 'layer'": ("delta_net", {"norm": "l2"}),
-    "window must be at least 1; given 0": ("sliding_window", {"window": 0}),
+    "window and block must be at least 1; given": ("sliding_window", {"window": 0}),
     "feature_map 'relu': allowed are": ("linear_attention", {"feature_map": "relu"}),
     "combine 'series': allowed are parallel, sequential": ("hybrid", {"combine": "series"}),
     "implementation 'fast': allowed are": ("delta_net", {"implementation": "fast"}),

@@ -58,8 +58,8 @@ def test_one_head(case):
 def test_default_chunk(case):
     """With equal keys and a rate of 2, a token multiplies what its key holds by 1 - 2 k.k.
 
-    `scan` rounds that product differently at each token. A chunk form rounds k.k once for all, so
-    that after T tokens it is off by up to 2 T 2^-24, whatever the chunk: the bound follows k.k.
+    `scan` rounds that product differently at each token. A chunk form makes one error in k.k, the
+    same at all T tokens, and what it holds is off by 2 T times that: the bound follows k.k.
     """
     case = case._replace(cell=case.spec.cell())
     given = contract.problem(case, 1, 197, "equal", masks=False)

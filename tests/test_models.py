@@ -15,13 +15,13 @@ from models import BATCH, LENGTH, VOCAB
 from memjax.nn.lm import LanguageModel, capacity, initial_state
 from memjax.recurrence import positions
 
-BORDER = 5  # where the plain tests split; their parts share compilations
+BORDER = 5  # where the plain tests split; the parts are alike and share their compilations
 
 
 def each(*names):
-    """Every model of the plain tests, and those of the full product marked slow."""
+    """Every model: `names`, by default those of `models.FAST`, plain, the others marked slow."""
     plain = names or models.FAST
-    slow = () if names else models.PRODUCT
+    slow = [n for n in models.ALL if n not in plain]
     return pytest.mark.parametrize(
         "name", [*plain, *(pytest.param(n, marks=pytest.mark.slow) for n in slow)]
     )
@@ -63,13 +63,13 @@ def check_split(name, points):
         models.assert_close(name, out, (given[0], state, reset, write), f"split at {point}")
 
 
-@each(*models.FAST)
+@pytest.mark.parametrize("name", models.FAST)
 def test_split(name):
     check_split(name, (BORDER,))
 
 
 @pytest.mark.slow
-@each()
+@pytest.mark.parametrize("name", models.FAST)
 def test_every_split(name):
     check_split(name, range(1, LENGTH))
 
@@ -86,13 +86,13 @@ def check_resets(name, border):
         models.assert_close(name, (logits[:, span], state), alone, what)
 
 
-@each(*models.FAST)
+@pytest.mark.parametrize("name", models.FAST)
 def test_resets_equal_separate_documents(name):
     check_resets(name, BORDER)
 
 
 @pytest.mark.slow
-@each()
+@pytest.mark.parametrize("name", models.FAST)
 def test_resets_anywhere_equal_separate_documents(name):
     for border in range(1, LENGTH):
         check_resets(name, border)
@@ -100,8 +100,8 @@ def test_resets_anywhere_equal_separate_documents(name):
 
 @each()
 def test_padding(name):
-    """Prompts of 8, 5 and 5 tokens in one batch, padded left, right or in between."""
-    prompts, fresh, width = (8, 5, 5), models.fresh(name), 8
+    """Prompts of 10, 5 and 5 tokens in one batch, padded left, right or in between."""
+    prompts, fresh, width = (10, 5, 5), models.fresh(name), 10
     tokens, rng = models.text(5, width), np.random.default_rng(5)
     places = {
         "left": [np.arange(width - n, width) for n in prompts],
@@ -158,7 +158,7 @@ def test_initial_state_equals_none(name):
     models.assert_close(name, out, given, "no state and no masks")
 
 
-@each()
+@each(*models.CELLS, "sequential")
 def test_causality(name):
     """The gradient of each token's logits with respect to each embedding, tokens all different."""
     shell = LanguageModel(models.config(name, tie=False))
@@ -187,9 +187,9 @@ def test_causality(name):
     assert seen[own].all() and seen[allowed & np.eye(LENGTH, k=-1, dtype=bool)].all()
 
 
-@each("delta_net", "hybrid")
-def test_select_equals_indexing(name):
-    tokens, index = models.text(), np.array([[0, 3, 3], [12, 5, 1], [7, 8, 9]], np.int32)
+def test_select_equals_indexing():
+    name, tokens = "delta_net", models.text()
+    index = np.array([[0, 3, 3], [9, 5, 1], [7, 8, 9]], np.int32)
     logits, state = models.apply(name, tokens)
     chosen, same = models.apply(name, tokens, select=index)
     assert chosen.shape == (BATCH, 3, VOCAB)
@@ -198,7 +198,7 @@ def test_select_equals_indexing(name):
     contract.assert_identical(same, state, "select")
 
 
-@each(*models.CELLS, "hybrid")
+@each("delta_net", "attention", "scanned")
 def test_bfloat16_is_off_by_rounding(name):
     """Rounding the weights alone to bfloat16 moves the float32 model by d. A bfloat16 model
     rounds, at each product, the weight, the input, the answer and what follows it: 4 independent

@@ -62,6 +62,12 @@ def reach(run: Run, step: int):
     return lambda: run.steps() >= step
 
 
+def early(run: Run, seconds: float):
+    """A moment: so many seconds from now, or the first new step when that is sooner."""
+    end, first = time.monotonic() + seconds, run.steps() + 1
+    return lambda: time.monotonic() >= end or run.steps() >= first
+
+
 def kill(run: Run, draw: random.Random, seconds: float, last: int) -> str:
     """Kills -9 at a random moment, by step `last`; says what the run was doing."""
     where = draw.choice(("start", "step", "save", "evaluation"))
@@ -69,12 +75,13 @@ def kill(run: Run, draw: random.Random, seconds: float, last: int) -> str:
     doing = {"step": lambda: True, "save": run.saving, "evaluation": run.evaluating}
 
     def moment():
-        if where == "start":
-            return True
         steps = run.steps()
         return steps >= step and (doing[where]() or steps >= step + 8)
 
-    run.send(signal.SIGKILL, moment, draw.uniform(0, seconds if where == "start" else 0.01))
+    if where == "start":
+        run.send(signal.SIGKILL, early(run, draw.uniform(0, seconds)))
+    else:
+        run.send(signal.SIGKILL, moment, draw.uniform(0, 0.01))
     return where
 
 
@@ -93,8 +100,9 @@ def pair(tmp_path, source, settings) -> tuple[Run, Run, float]:
 def check_same(whole: Run, broken: Run) -> None:
     """All records, bit for bit and in order; the summary; and nothing left of unfinished saves."""
     expected = runs.records(whole.workdir)
-    assert [r["step"] for r in expected if r["kind"] == "train"] == list(range(1, STEPS + 1))
-    assert [r["step"] for r in expected if r["kind"] == "eval"] == list(range(EVAL, STEPS + 1, EVAL))
+    for kind, first in (("train", 1), ("eval", EVAL)):
+        steps = [r["step"] for r in expected if r["kind"] == kind]
+        assert steps == list(range(first, STEPS + 1, first))
     assert runs.records(broken.workdir) == expected
     assert runs.summary(broken.workdir) == runs.summary(whole.workdir)
     assert runs.summary(broken.workdir)["finished"] is True
@@ -109,7 +117,7 @@ def text_settings(tmp_path) -> dict:
 def test_killed_terminated_and_interrupted_run_equals_an_uninterrupted_one(tmp_path):
     draw = random.Random(0)
     whole, broken, seconds = pair(tmp_path, runs.TEXT, text_settings(tmp_path))
-    broken.send(signal.SIGKILL, lambda: True, draw.uniform(0, seconds))
+    broken.send(signal.SIGKILL, early(broken, draw.uniform(0, seconds)))
     broken.send(signal.SIGKILL, lambda: broken.steps() >= 19 and broken.saving())
     broken.send(signal.SIGTERM, reach(broken, broken.steps() + 2), code=train.UNFINISHED)
     stopped = runs.summary(broken.workdir)

@@ -58,7 +58,7 @@ class SlidingWindow(MemoryCell):
 
     key_dim, value_dim: K and V of one head. window: W. scale: None for K ** -0.5.
     store_dtype: of the keys and values in the ring. block: queries that are handled together in
-    the chunked form; changes speed only.
+    the chunked form, None for the window's length but 128 at most; changes speed only.
     """
 
     key_dim: int
@@ -66,14 +66,15 @@ class SlidingWindow(MemoryCell):
     window: int
     scale: float | None = None
     store_dtype: DTypeLike = jnp.float32
-    block: int = 128
+    block: int | None = None
 
     def __post_init__(self):
-        for name in ("key_dim", "value_dim", "window", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{type(self).__name__}: {name} must be at least 1; given {getattr(self, name)}"
-                )
+        sizes = (self.key_dim, self.value_dim, self.window, 1 if self.block is None else self.block)
+        if min(sizes) < 1:
+            raise ValueError(
+                f"{type(self).__name__}: key_dim, value_dim, window and block must be at least 1; "
+                f"given {self}"
+            )
 
     def init_state(self, params) -> Ring:
         """An empty ring."""
@@ -140,7 +141,7 @@ class SlidingWindow(MemoryCell):
 
     def _blocks(self, q, k, v, low, high, count):
         length, line = q.shape[0], k.shape[0]
-        size = min(self.block, length)
+        size = min(self.block or min(self.window, 128), length)
         slab = min(self.window + size, line)
 
         @jax.checkpoint

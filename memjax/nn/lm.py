@@ -120,7 +120,8 @@ class LanguageModel(nn.Module):
         ctx = Context(reset, write, position)
         init = nn.with_logical_partitioning(normal(config.std), ("vocab", "embed"))
         embedding = self.param("embedding", init, (config.vocab, config.dim), jnp.float32)
-        x, layers, _ = self._stack(dtype)(embedding.astype(dtype)[tokens], state["layers"], ctx)
+        x = jnp.take(embedding.astype(dtype), tokens, axis=0)  # NaN for a token out of range
+        x, layers, _ = self._stack(dtype)(x, state["layers"], ctx)
         if select is not None:
             x = jnp.take_along_axis(x, select[..., None], axis=1)
         x = Norm(config.norm, name="norm")(x)

@@ -1,0 +1,321 @@
+"""Training in Python, without the command: the step, evaluation, accumulation, devices, the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+import memjax
+from memjax import config, metrics, train
+from memjax.data import tokens
+
+# What the first step of training reports, and the loss of the second. To 1e-4: a change of the
+# model, its initialisation, the data or the optimiser moves them; another XLA does not.
+REFERENCE = {
+    "task": {"loss": 0.0, "accuracy": 0.0, "grad_norm": 0.0, "lr": 0.0, "scored": 0, "next": 0.0},
+    "text": {"loss": 0.0, "accuracy": 0.0, "grad_norm": 0.0, "lr": 0.0, "scored": 0, "next": 0.0},
+}
+STEPS_ON_DEVICES = """
+import json, sys
+import jax
+import memjax, runs
+run = memjax.build(runs.load(runs.MQAR, json.loads(sys.argv[1])))
+state, batches, values = run.init(), iter(run.data.train), []
+for _ in range(3):
+    state, found = run.step(state, run.put(next(batches)))
+    values.append([float(found["loss"]), float(found["grad_norm"])])
+wanted = jax.tree.leaves(jax.tree.map(lambda a: a.sharding, run.abstract_state()))
+leaves = jax.tree.leaves(state)
+specs = {jax.tree_util.keystr(p): list(a.sharding.spec)
+         for p, a in jax.tree_util.tree_leaves_with_path(state) if "embedding" in str(p)}
+print(json.dumps({
+    "values": values,
+    "as planned": all(a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(leaves, wanted)),
+    "embeddings": list(specs.values()),
+    "devices": run.mesh.size,
+    "evaluation": run.evaluation(state.params, 1)["loss"],
+}))
+"""
+FORGETTING = {
+    "batch": 4,
+    "data.length": 16,
+    "data.pairs": 2,
+    "data.updates": 1,
+    "data.vocab": 18,
+    "data.eval_examples": 8,
+    "model.vocab": 18,
+    "model.dim": 8,
+}
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+compiled_once = runs.compiled_once
+
+
+def task(**changes):
+    return runs.load(runs.MQAR, {**runs.TASK, **changes})
+
+
+def text(folder, **changes):
+    settings = {"model.dim": 16, "model.mixers.delta_net.heads": 2}
+    wanted = runs.text(folder, **settings, **changes)
+    for name in ("model.layers", "model.mixers.sliding_window.window"):
+        del wanted[name]
+    return runs.load(f"{runs.ROOT}/configs/text.py:delta_net,layers=1", wanted)
+
+
+def advance(run, steps, state):
+    """(state, metrics of each step) after `steps` steps; `state` stays as it is."""
+    state, batches, values = jax.tree.map(jnp.copy, state), iter(run.data.train), []
+    for _ in range(steps):
+        state, found = run.step(state, run.put(next(batches)))
+        values.append({name: float(value) for name, value in found.items()})
+    return state, values
+
+
+def largest_difference(a, b) -> float:
+    """max |a - b| / max |a| over two trees of arrays."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    scale = max(float(np.abs(np.asarray(x, np.float64)).max()) for x, _ in pairs)
+    apart = (np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max() for x, y in pairs)
+    return max(map(float, apart)) / scale
+
+
+# ---------------------------------------------------------------- one step
+
+
+@pytest.fixture(scope="module")
+def first_steps():
+    """A short run on an easy task, step by step."""
+    changes = {"steps": 60, "batch": 16, "optim.lr": 0.02, "data.vocab": 18, "model.vocab": 18}
+    run = memjax.build(task(**changes))
+    before = run.init()
+    after, values = advance(run, 1, before)
+    _, values = advance(run, 60, before)
+    return run, before, after, values
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run on text: its folder, its initial state, and what two steps make of it."""
+    folder = tmp_path_factory.mktemp("plain")
+    run = memjax.build(text(folder))
+    state = run.init()
+    return folder, run, state, advance(run, 2, state)
+
+
+def test_reference_metrics_after_one_step_of_a_task(first_steps):
+    _, _, _, (first, second, *_) = first_steps
+    assert {**first, "next": second["loss"]} == pytest.approx(REFERENCE["task"], rel=1e-4)
+
+
+def test_reference_metrics_after_one_step_of_text(workdir):
+    first, second, *_ = runs.records(workdir)
+    found = {name: first[name] for name in REFERENCE["text"] if name != "next"}
+    assert {**found, "next": second["loss"]} == pytest.approx(REFERENCE["text"], rel=1e-4)
+
+
+def test_a_step_reports_what_it_did(first_steps):
+    run, before, after, values = first_steps
+    assert int(after.step) == 1
+    assert values[0]["scored"] == next(iter(run.data.train))["mask"].sum() == 32
+    assert [v["lr"] for v in values[:2]] == pytest.approx([0.01, 0.02])
+    assert all(v["grad_norm"] > 0 for v in values)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before.params, after.params)
+    # Adam's first step is lr in every direction; weight decay adds a tenth of a weight below 1.
+    assert 0.99 * 0.01 < max(jax.tree.leaves(moved)) < 1.1 * 0.01
+
+
+def test_the_loss_falls_on_an_easy_task(first_steps):
+    losses = [v["loss"] for v in first_steps[-1]]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3, losses
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_equals_the_whole_batch(plain, pieces):
+    """Rows differ in how many positions are scored, so a mean of means would be another gradient.
+
+    Both are float32 sums of the same numbers in another order. Adam's moments are compared, not
+    the parameters: its first step is the sign of the gradient, which rounding decides near zero.
+    """
+    folder, run, state, (_, wanted) = plain
+    whole, _ = advance(run, 1, state)
+    split, found = advance(memjax.build(text(folder, accumulate=pieces)), 1, state)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert largest_difference(whole.opt_state, split.opt_state) < 1e-5
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters(plain):
+    folder, _, state, (_, wanted) = plain
+    run = memjax.build(text(folder, **{"model.dtype": "bfloat16"}))
+    after, found = advance(run, 2, state)
+    assert {str(a.dtype) for a in jax.tree.leaves(after.params)} == {"float32"}
+    for low, full in zip(found, wanted, strict=True):
+        assert low["loss"] != full["loss"]
+        # 8 bits of mantissa: each rounding is 2^-9 at most, and the loss is a mean of many.
+        assert low["loss"] == pytest.approx(full["loss"], rel=2**-8)
+        assert low["grad_norm"] == pytest.approx(full["grad_norm"], rel=2**-4)
+
+
+def test_rematerialisation_changes_nothing_but_memory(plain):
+    folder, run, state, (_, wanted) = plain
+    whole, _ = advance(run, 1, state)
+    again, found = advance(memjax.build(text(folder, **{"model.remat": "full"})), 1, state)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert largest_difference(whole.opt_state, again.opt_state) < 1e-5
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_of_a_task_equals_a_count_by_hand():
+    run = memjax.build(runs.load(f"{runs.ROOT}/configs/forgetting_mqar.py", FORGETTING))
+    params = run.init().params
+    right, scored, rebound, rows = 0, 0, [], []
+    for batch in run.data.evaluation():
+        logits, _ = run.model.apply({"params": params}, batch["inputs"])
+        hit = (np.asarray(logits).argmax(-1) == batch["targets"]) & batch["mask"]
+        right, scored = right + hit.sum(), scored + batch["mask"].sum()
+        rebound.append((hit & batch["rebound"]).sum() / max(1, batch["rebound"].sum()))
+        rows += [h[m].all() for h, m in zip(hit, batch["mask"], strict=True) if m.any()]
+    found = run.evaluation(params)
+    assert found["query_accuracy"] == pytest.approx(right / scored)
+    assert found["query_accuracy/rebound"] == pytest.approx(np.mean(rebound))
+    assert found["sequence_accuracy"] == pytest.approx(np.mean(rows))
+    assert {"loss", "query_accuracy/not_rebound"} < set(found)
+
+
+def test_bits_per_byte_counts_every_held_out_byte_once(plain):
+    _, run, state, _ = plain
+    params, nats, count = state.params, 0.0, 0
+    for batch in run.data.evaluation():
+        logits, _ = run.model.apply({"params": params}, batch["inputs"], reset=batch["reset"])
+        chances = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)
+        picked = np.take_along_axis(chances, batch["targets"][..., None], axis=-1)[..., 0]
+        nats, count = nats - picked[batch["mask"]].sum(), count + batch["mask"].sum()
+    held_out = sum(len(runs.PAGES[name].encode()) for name in ("e.txt", "f.txt"))
+    assert count == held_out
+    found = run.evaluation(params)
+    assert found["bits_per_byte"] == pytest.approx(nats / count / np.log(2), rel=1e-5)
+    assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+# ---------------------------------------------------------------- devices
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp"), [(2, 4), pytest.param(8, 1, marks=SLOW), pytest.param(1, 8, marks=SLOW)]
+)
+def test_eight_devices_train_as_one_does(data, fsdp):
+    settings = {**runs.TASK, "batch": 8, "model.dim": 16}
+    run = memjax.build(runs.load(runs.MQAR, settings))
+    state, alone = advance(run, 3, run.init())
+    evaluation = run.evaluation(state.params, 1)["loss"]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": f"{runs.ROOT}{os.pathsep}{runs.ROOT}/tests",
+        "JAX_PLATFORMS": "cpu",
+    }
+    mesh = {"mesh.data": data, "mesh.fsdp": fsdp}
+    out = subprocess.run(
+        [sys.executable, "-c", STEPS_ON_DEVICES, json.dumps({**settings, **mesh})],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    found = json.loads(out.stdout.splitlines()[-1])
+    wanted = [[v["loss"], v["grad_norm"]] for v in alone]
+    np.testing.assert_allclose(found["values"], wanted, rtol=1e-5)
+    assert found["evaluation"] == pytest.approx(evaluation, rel=1e-5)
+    assert found["devices"] == 8 and found["as planned"]
+    if fsdp > 1:  # the embedding and its two moments, split along embed
+        assert found["embeddings"] == [[None, "fsdp"]] * 3
+
+
+# ---------------------------------------------------------------- the run
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return runs.trained(tmp_path_factory)
+
+
+def test_the_workdir_of_a_finished_run(workdir):
+    assert {"config.json", "metrics.jsonl", "checkpoints", "loss.png", "summary.json"} == set(
+        os.listdir(workdir)
+    )
+    with open(f"{workdir}/summary.json", encoding="utf-8") as file:
+        summary = json.load(file)
+    assert summary["finished"] is True and summary["step"] == summary["steps"] == 12
+    assert set(summary["baselines"]) == {"uniform", "unigram", "bigram", "zlib"}
+    assert 0 < summary["bits_per_byte"] < 9 and summary["seconds"] > 0
+    assert summary["parameters"] > 0 and isinstance(summary["sample"], str)
+    assert summary["versions"]["memjax"] == memjax.__version__
+    assert "not installed" not in summary["versions"].values()
+    rows = runs.records(workdir)
+    assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 13))
+    assert [r["step"] for r in rows if r["kind"] == "eval"] == [5, 10, 12]
+    assert all(r["bits_per_byte"] == pytest.approx(r["loss"] / np.log(2)) for r in rows)
+    assert summary["bits_per_byte"] == rows[-1]["bits_per_byte"]
+
+
+def test_a_finished_run_given_again_changes_no_result(workdir):
+    before = runs.records(workdir), runs.summary(workdir)
+    with open(f"{workdir}/config.json", encoding="utf-8") as file:
+        settings = config.from_json(file.read())
+    with settings.unlocked():
+        settings.log.every = 5  # how a run is logged may change
+    assert train.train(settings, workdir)["finished"] is True
+    assert (runs.records(workdir), runs.summary(workdir)) == before
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 6), (signal.SIGINT, 0)])
+def test_a_signal_saves_within_one_step(tmp_path, monkeypatch, number, at):
+    """A signal during compilation (0) or while the record of step 6 is written."""
+    original = metrics.Jsonl.write if at else train.describe
+
+    def interrupted(*args):
+        if at in (0, args[1]):
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    if at:
+        monkeypatch.setattr(metrics.Jsonl, "write", interrupted)
+    else:
+        monkeypatch.setattr(train, "describe", interrupted)
+    handler = signal.getsignal(number)
+    summary = train.train(task(), str(tmp_path))
+    assert signal.getsignal(number) is handler
+    assert summary["finished"] is False and "query_accuracy" not in summary
+    assert at < summary["step"] <= at + 1
+    assert runs.summary(tmp_path)["step"] == runs.records(tmp_path)[-1]["step"] == summary["step"]
+    assert os.path.isdir(tmp_path / "checkpoints" / str(summary["step"]))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    handed = metrics.Late.push
+
+    def push(self, step, values):
+        return handed(self, step, {**values, "loss": np.float32("nan")} if step == 6 else values)
+
+    monkeypatch.setattr(metrics.Late, "push", push)
+    with pytest.raises(FloatingPointError, match="loss of step 6 is nan.*checkpoint is of step 4"):
+        train.train(task(), str(tmp_path))
+    assert [r["step"] for r in runs.records(tmp_path) if r["kind"] == "train"] == [1, 2, 3, 4, 5]
+
+
+def test_the_sample_begins_a_document(workdir):
+    sample = runs.summary(workdir)["sample"]
+    assert len(sample) <= 300 and tokens.BOS not in tokens.encode(sample)
