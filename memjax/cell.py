@@ -53,6 +53,11 @@ class MemoryCell:
         state = self.write(params, state, x)
         return self.read(params, state, x), state
 
+    def preferred(self, length: int, differentiate: bool) -> tuple[str, ...]:
+        """The forms to try, fastest first, for `length` tokens when the caller does not choose."""
+        del differentiate
+        return ("scan",) if length == 1 else ("chunked", "scan")
+
     def fresh(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         """The initial state of one memory for accumulators of `dtype` (float32 or float64)."""
         state = self.init_state(params)
@@ -119,7 +124,7 @@ def run(
     """
     length = _check(cell, params, xs, state, reset, write)
     if implementation is None:
-        implementation = _choose(length)
+        implementation = cell.preferred(length, differentiate)
     if isinstance(implementation, str):
         implementation = (implementation,)
     reasons = []
@@ -139,11 +144,6 @@ def initial_state(
     """The state of `batch` x `heads` memories before their first token, leaves [B, H, ...]."""
     one = jax.vmap(lambda p: cell.fresh(p, dtype), axis_size=heads)(params)
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), one)
-
-
-def _choose(length: int) -> tuple[str, ...]:
-    """The forms to try: one token steps, anything longer goes chunk by chunk where it can."""
-    return ("scan",) if length == 1 else ("chunked", "scan")
 
 
 def _check(cell, params, xs, state, reset, write) -> int:

@@ -267,14 +267,33 @@ def repeat(leaf: np.ndarray, heads: int) -> np.ndarray:
     return np.repeat(leaf, heads // leaf.shape[2], axis=2)
 
 
-def distance(value: np.ndarray, exact: np.ndarray) -> float:
-    """RMS of the difference over the RMS of `exact`; refuses what is not finite."""
+def rms(leaf: np.ndarray) -> float:
+    """Root mean square, in float64."""
+    return float(np.sqrt(np.mean(np.asarray(leaf, np.float64) ** 2)))
+
+
+def distance(value: np.ndarray, exact: np.ndarray, floor: float = 0.0) -> float:
+    """RMS of the difference over the RMS of `exact`, or over `floor` where that is larger.
+
+    AssertionError for what is not finite.
+    """
     value, exact = np.asarray(value, np.float64), np.asarray(exact, np.float64)
     assert value.shape == exact.shape, f"shape {value.shape}, expected {exact.shape}"
     assert np.isfinite(value).all(), "not finite"
     assert np.isfinite(exact).all(), "the reference is not finite"
-    difference = float(np.sqrt(np.mean((value - exact) ** 2)))
-    return difference / float(np.sqrt(np.mean(exact**2))) if difference else 0.0
+    difference = rms(value - exact)
+    return difference / max(rms(exact), floor) if difference else 0.0
+
+
+def floors(exact: dict) -> dict:
+    """Name -> the least RMS that errors of a leaf are measured by.
+
+    None for values. A gradient may be zero on paper (of a query when all keys are equal), where
+    only rounding is left: it is measured by 1 % of the largest gradient at least.
+    """
+    sizes = {name: rms(leaf) for name, leaf in exact.items() if name.startswith("gradient")}
+    least = 0.01 * max(sizes.values(), default=0.0)
+    return {name: least if name in sizes else 0.0 for name in exact}
 
 
 def assert_close(value: dict, own: dict, exact: dict, what: str, allowed: Any = None) -> None:
@@ -283,10 +302,12 @@ def assert_close(value: dict, own: dict, exact: dict, what: str, allowed: Any = 
     allowed: name -> a distance that is allowed in any case.
     """
     assert value.keys() == exact.keys() == own.keys()
-    for name in exact:
-        bound = max(1e-5, 3 * distance(own[name], exact[name]), (allowed or {}).get(name, 0))
+    for name, floor in floors(exact).items():
+        scan = distance(own[name], exact[name], floor)
+        assert scan < 1e-4, f"{what}: scan itself loses {name} in float32"
+        bound = max(1e-5, 3 * scan, (allowed or {}).get(name, 0))
         try:
-            far = distance(value[name], exact[name])
+            far = distance(value[name], exact[name], floor)
         except AssertionError as error:
             raise AssertionError(f"{what}: {name}: {error}") from None
         assert far <= bound, f"{what}: {name} is {far:.2e} from float64; allowed {bound:.2e}"

@@ -32,8 +32,6 @@ def check_forms(case: Case, form: str, given: Given, rounded_products: bool = Fa
         moved = contract.evaluate(case.cell, "scan", _longer_keys(case, given), np.float64)
         allowed = {name: contract.distance(moved[name], exact[name]) for name in exact}
     contract.assert_close(value, own, exact, f"{case.name}, {form}", allowed)
-    for name in exact:
-        assert contract.distance(own[name], exact[name]) < 1e-4, f"scan loses {name} in float32"
 
 
 def _longer_keys(case: Case, given: Given) -> Given:

@@ -23,10 +23,12 @@ HELPERS = (
     "memjax.config",
     "memjax.config_text",
     "memjax.errors",
+    "memjax.defaults",
     "memjax.inputs",
     "memjax.metrics",
     "memjax.optim",
     "memjax.profile",
+    "memjax.progress",
     "memjax.sharding",
 )
 SOURCES = ("memjax.data", "memjax.tasks")
