@@ -288,10 +288,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     rows = [[heading for heading, *_ in COLUMNS]]
     for record in records:
         values = [(record[key], show, unit) for _, key, show, unit in COLUMNS]
-        rows.append([
-            "-" if value is None else show.format(value if unit == 1 else value / unit)
-            for value, show, unit in values
-        ])
+        rows.append(
+            [
+                "-" if value is None else show.format(value if unit == 1 else value / unit)
+                for value, show, unit in values
+            ]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     return "\n".join(
         "  ".join(

@@ -62,7 +62,7 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
     positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora et al.
     2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only."""
     if cell in ("attention", "sliding_window"):
-        options = {"heads": 1, "rotary_base": 0.0}
+        options: dict[str, Any] = {"heads": 1, "rotary_base": 0.0}
     else:
         options = {"heads": 1, "convolution": 0, "norm": "layer", "gate": "none"}
     settings = config(

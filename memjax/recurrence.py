@@ -70,9 +70,7 @@ def per_head(form: Callable) -> Callable:
 
         def merge(tree, axis):
             after = axis + len(counts)
-            return jax.tree.map(
-                lambda a: a.reshape(*a.shape[:axis], heads, *a.shape[after:]), tree
-            )
+            return jax.tree.map(lambda a: a.reshape(*a.shape[:axis], heads, *a.shape[after:]), tree)
 
         def mapped_axes(tree, axis, count):
             return jax.tree.map(lambda a: axis if count <= a.shape[axis] else None, tree)

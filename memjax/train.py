@@ -111,8 +111,14 @@ def _train(settings, workdir, stopped):
         show.update(at, {"kind": "eval", **values})
         return values
 
+    def due(at):
+        every = settings.eval.every
+        return every and at % every == 0 and 0 < at < settings.steps
+
     # ------------------------------------------------------------------ the loop
     with saver:
+        if due(step):  # where a signal stopped the run, it did not take the time to evaluate
+            evaluate_once(workdir, evaluate, step, settings.eval.batches)
         clock.start()
         while step < settings.steps:
             batch = run.put(next(iterator))
@@ -121,11 +127,10 @@ def _train(settings, workdir, stopped):
             clock.tick(per_step)
             record(late.push(step, values))
             last = step == settings.steps or bool(stopped)
-            due = not last and settings.eval.every and step % settings.eval.every == 0
-            if last or due or saver.due(step):
+            if last or due(step) or saver.due(step):
                 with clock.paused(wait_for=state):
                     record(late.flush())
-                    if due:
+                    if due(step) and not last:
                         evaluate(step, settings.eval.batches)
                     log.flush()
                     saver.save(step, state, iterator, {**meta, "clock": clock.state()}, force=last)
@@ -140,7 +145,7 @@ def _train(settings, workdir, stopped):
         }
         if step == settings.steps and not stopped:
             show.note("evaluating")
-            summary |= evaluate_finally(workdir, evaluate, step)
+            summary |= evaluate_once(workdir, evaluate, step, None)
             summary |= {"finished": True, "baselines": run.data.baselines()}
             if run.data.bytes_per_token:
                 summary["sample"] = sample_text(run.model, state.params)
@@ -167,12 +172,12 @@ def check_intervals(settings: Any) -> None:
             raise config.UserError(f"config.{name}={value}: must be at least {low}{never}")
 
 
-def evaluate_finally(workdir, evaluate, step) -> dict[str, float]:
-    """The metrics over all held-out data; read back when a killed run had recorded them."""
+def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:
+    """The held-out metrics of a step; read back when an interrupted run had recorded them."""
     for record in metrics.read_records(os.path.join(workdir, "metrics.jsonl")):
         if record["kind"] == "eval" and record["step"] == step:
             return {k: v for k, v in record.items() if k not in ("step", "time", "kind")}
-    return evaluate(step, None)
+    return evaluate(step, limit)
 
 
 def sample_text(model, params, length: int = 300) -> str:

@@ -157,9 +157,7 @@ def reset_mask(length: int, rng) -> np.ndarray:
 def apply(cell: MemoryCell, form: str | None, given: Given):
     """`memjax.run` of one form."""
     params, xs, state, reset, write = given
-    return memjax.run(
-        cell, params, xs, state=state, reset=reset, write=write, implementation=form
-    )
+    return memjax.run(cell, params, xs, state=state, reset=reset, write=write, implementation=form)
 
 
 def values(cell: MemoryCell, form: str | None, given: Given):

@@ -115,11 +115,14 @@ def check_unwritten(case: Case, form: str) -> None:
 
     out = contract.values(case.cell, form, given)
     other = contract.draw(case, rng, length)
-    changed = type(other)(*(
-        mine if case.spec.fields[name].kind == "query"
-        else np.where(np.expand_dims(given.write, tuple(range(2, mine.ndim))), mine, others)
-        for name, mine, others in zip(other._fields, given.xs, other, strict=True)
-    ))
+    changed = type(other)(
+        *(
+            mine
+            if case.spec.fields[name].kind == "query"
+            else np.where(np.expand_dims(given.write, tuple(range(2, mine.ndim))), mine, others)
+            for name, mine, others in zip(other._fields, given.xs, other, strict=True)
+        )
+    )
     again = contract.values(case.cell, form, given._replace(xs=changed))
     contract.assert_identical(again, out, f"{case.name}, {form}, other unwritten tokens")
 
@@ -294,9 +297,7 @@ def check_slope(case: Case) -> None:
     """The float64 gradient of `scan` along a random direction against a central difference."""
     given = contract.cast(contract.problem(case, 13, 29), np.float64)
     rng, step = np.random.default_rng(13), 1e-5
-    direction = jax.tree.map(
-        lambda a: rng.normal(size=a.shape) * (a.dtype == np.float64), given
-    )
+    direction = jax.tree.map(lambda a: rng.normal(size=a.shape) * (a.dtype == np.float64), given)
     outs = []
     for sign in (1, -1):
         moved = jax.tree.map(

@@ -84,9 +84,7 @@ def test_the_gate_refuses_what_is_not_finite():
 
 def test_records():
     said = []
-    records = benchmark.measure(
-        cells.get("gated_delta_net"), TINY, repeats=1, say=said.append
-    )
+    records = benchmark.measure(cells.get("gated_delta_net"), TINY, repeats=1, say=said.append)
     scan, chunked = records
     assert [scan["form"], chunked["form"]] == ["scan", "chunked"] and len(said) == 2
     for record in records:

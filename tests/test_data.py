@@ -21,17 +21,17 @@ def random_texts(count=12, low=1, high=90, seed=0):
 @pytest.fixture
 def folder(tmp_path):
     """40 small files in two levels, one of them empty, and one that the glob leaves out."""
-    root = tmp_path / 'books'
-    (root / 'deep').mkdir(parents=True)
+    root = tmp_path / "books"
+    (root / "deep").mkdir(parents=True)
     for i, content in enumerate(random_texts(40)):
-        (root / ('deep' if i % 2 else '') / f'{i:02}.txt').write_bytes(content)
-    (root / 'empty.txt').write_bytes(b'')
-    (root / 'notes.md').write_bytes(b'left out')
+        (root / ("deep" if i % 2 else "") / f"{i:02}.txt").write_bytes(content)
+    (root / "empty.txt").write_bytes(b"")
+    (root / "notes.md").write_bytes(b"left out")
     return root
 
 
 def config(root, **settings):
-    given = {'name': 'text', 'glob': f'{root}/**/*.txt', 'length': 16, 'holdout': 0.3}
+    given = {"name": "text", "glob": f"{root}/**/*.txt", "length": 16, "holdout": 0.3}
     return {**given, **settings}
 
 
@@ -46,20 +46,20 @@ def assert_same(left, right):
 
 def test_packing_marks_documents_not_rows():
     # Documents of 9 and 6 tokens in rows of 6: the third row begins inside a document.
-    source = grain.MapDataset.source(pipeline.Documents([b'abcdefgh', b'ijklm']))
+    source = grain.MapDataset.source(pipeline.Documents([b"abcdefgh", b"ijklm"]))
     packed = grain.experimental.ConcatThenSplitIterDataset(
-        source.map(tokens.document).to_iter_dataset(), length_struct={'tokens': 6, 'start': 6}
+        source.map(tokens.document).to_iter_dataset(), length_struct={"tokens": 6, "start": 6}
     )
     rows = list(packed)
-    starts = np.stack([row['start'] for row in rows]).astype(int)
+    starts = np.stack([row["start"] for row in rows]).astype(int)
     np.testing.assert_array_equal(starts, [[1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6])
     second = pipeline.examples(rows[1])
-    assert tokens.decode(second['inputs']) == 'fghi' and tokens.decode(second['targets']) == 'ghij'
-    np.testing.assert_array_equal(second['mask'], [True, True, False, True, True])
-    np.testing.assert_array_equal(second['reset'], [False, False, False, True, False])
+    assert tokens.decode(second["inputs"]) == "fghi" and tokens.decode(second["targets"]) == "ghij"
+    np.testing.assert_array_equal(second["mask"], [True, True, False, True, True])
+    np.testing.assert_array_equal(second["reset"], [False, False, False, True, False])
     last = pipeline.examples(rows[2])
-    np.testing.assert_array_equal(last['mask'], [True, True, False, False, False])
-    assert not last['reset'].any()
+    np.testing.assert_array_equal(last["mask"], [True, True, False, False, False])
+    assert not last["reset"].any()
 
 
 def test_train_batches_are_the_shuffled_documents_end_to_end():
@@ -73,10 +73,10 @@ def test_train_batches_are_the_shuffled_documents_end_to_end():
             'inputs': np.int32, 'targets': np.int32, 'mask': bool, 'reset': bool,
         }  # fmt: skip
         assert all(v.shape == (batch, length) for v in b.values())
-        np.testing.assert_array_equal(b['inputs'][:, 1:], b['targets'][:, :-1])
-        np.testing.assert_array_equal(b['reset'], b['inputs'] == tokens.BOS)
-        np.testing.assert_array_equal(b['mask'], b['targets'] != tokens.BOS)
-        rows += list(np.concatenate([b['inputs'], b['targets'][:, -1:]], 1))
+        np.testing.assert_array_equal(b["inputs"][:, 1:], b["targets"][:, :-1])
+        np.testing.assert_array_equal(b["reset"], b["inputs"] == tokens.BOS)
+        np.testing.assert_array_equal(b["mask"], b["targets"] != tokens.BOS)
+        rows += list(np.concatenate([b["inputs"], b["targets"][:, -1:]], 1))
     stream = np.concatenate(rows)
     documents = np.split(stream, np.flatnonzero(stream == tokens.BOS))[1:-1]
     seen = [tokens.decode_bytes(d) for d in documents]
@@ -91,9 +91,9 @@ def test_shards_share_out_the_documents():
     seen = []
     for index in (0, 1):
         it = iter(pipeline.text_rows(texts, length=4, batch=1, seed=1, shard=(index, 2)))
-        seen.append([int(next(it)['targets'][0, -1]) for _ in range(4)])
+        seen.append([int(next(it)["targets"][0, -1]) for _ in range(4)])
     assert not set(seen[0]) & set(seen[1])
-    order = [int(b['targets'][0, -1]) for b in itertools.islice(iter(whole), 8)]
+    order = [int(b["targets"][0, -1]) for b in itertools.islice(iter(whole), 8)]
     assert [order[0::2], order[1::2]] == seen
 
 
@@ -121,13 +121,13 @@ def check_resume(dataset, before, after):
     return expected[0], (it, fresh)
 
 
-@pytest.mark.parametrize('before', [0, 1, 7, 40])
+@pytest.mark.parametrize("before", [0, 1, 7, 40])
 def test_resume_in_the_middle(before):
     check_resume(text_rows(), before, 20)
 
 
 def test_workers_take_turns_and_resume():
-    texts, order = random_texts(20, high=400), {'length': 24, 'batch': 2, 'seed': 5}
+    texts, order = random_texts(20, high=400), {"length": 24, "batch": 2, "seed": 5}
     it = iter(pipeline.text_rows(texts, workers=2, **order))
     try:
         found, states = [], []
@@ -148,20 +148,20 @@ def test_workers_take_turns_and_resume():
 # Evaluation ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('length', [1, 2, 7, 64, 4096])
-@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 4096])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_every_held_out_byte_is_scored_exactly_once(length, batch):
-    texts = [*random_texts(6), b'x', b'y' * 64]
+    texts = [*random_texts(6), b"x", b"y" * 64]
     rows = pipeline.TextEvaluation(texts, length)
     batches = list(pipeline.evaluation_batches(rows, count=len(rows), batch=batch))
     assert len(batches) == math.ceil(len(rows) / batch)
     assert all(v.shape == (batch, length) for b in batches for v in b.values())
-    scored = np.concatenate([b['targets'][b['mask']] for b in batches])
-    assert tokens.decode_bytes(scored) == b''.join(texts)
-    assert sum(int(b['reset'].sum()) for b in batches) == len(texts)
+    scored = np.concatenate([b["targets"][b["mask"]] for b in batches])
+    assert tokens.decode_bytes(scored) == b"".join(texts)
+    assert sum(int(b["reset"].sum()) for b in batches) == len(texts)
     # The input at every scored position is the token just before.
-    before = np.concatenate([b['inputs'][b['mask']] for b in batches])
-    expected = np.concatenate([tokens.document(t)['tokens'][:-1] for t in texts])
+    before = np.concatenate([b["inputs"][b["mask"]] for b in batches])
+    expected = np.concatenate([tokens.document(t)["tokens"][:-1] for t in texts])
     np.testing.assert_array_equal(before, expected)
 
 
@@ -173,7 +173,7 @@ def test_evaluation_limit_spreads_and_shards_agree(folder):
     for batch, index in zip(few, [0, len(full) // 3, 2 * len(full) // 3], strict=True):
         assert_same(batch, full[index])
     assert len(list(whole.evaluation(10**6))) == len(full)
-    with pytest.raises(ValueError, match='0 evaluation batches: allowed is at least 1, or None'):
+    with pytest.raises(ValueError, match="0 evaluation batches: allowed is at least 1, or None"):
         whole.evaluation(0)
     halves = [data.make(config(folder), batch=4, seed=0, shard=(i, 2)) for i in (0, 1)]
     for left, right, both in zip(*(h.evaluation() for h in halves), full, strict=True):
@@ -188,40 +188,40 @@ def test_evaluation_limit_spreads_and_shards_agree(folder):
 def test_make_text(folder):
     made = data.make(config(folder), batch=2, seed=0)
     assert made.vocab == 259 and made.queries is None and made.length == 16
-    assert made.bytes_per_token == 1.0 and made.decode([100]) == 'a'
+    assert made.bytes_per_token == 1.0 and made.decode([100]) == "a"
     again = data.make(config(folder), batch=2, seed=0)
     assert_same(next(iter(made.train)), next(iter(again.train)))
-    _, heldout = data.from_glob(f'{folder}/**/*.txt').split(0.3)
-    scored = np.concatenate([b['targets'][b['mask']] for b in made.evaluation()])
-    assert tokens.decode_bytes(scored) == b''.join(heldout.texts)
-    assert made.baselines().keys() == {'uniform', 'unigram', 'bigram', 'zlib'}
+    _, heldout = data.from_glob(f"{folder}/**/*.txt").split(0.3)
+    scored = np.concatenate([b["targets"][b["mask"]] for b in made.evaluation()])
+    assert tokens.decode_bytes(scored) == b"".join(heldout.texts)
+    assert made.baselines().keys() == {"uniform", "unigram", "bigram", "zlib"}
 
 
 def test_fingerprint_does_not_depend_on_the_place(folder, tmp_path):
     first = data.make(config(folder), batch=2, seed=0).fingerprint
-    moved = tmp_path / 'elsewhere'
+    moved = tmp_path / "elsewhere"
     folder.rename(moved)
     assert data.make(config(moved), batch=2, seed=0).fingerprint == first
     assert str(tmp_path) not in str(first)
-    assert first['workers'] == 0 and first['files'] == 40 and first['packing'] == 'concat'
+    assert first["workers"] == 0 and first["files"] == 40 and first["packing"] == "concat"
 
 
 @pytest.mark.parametrize(
-    ('fact', 'settings', 'order'),
+    ("fact", "settings", "order"),
     [
-        ('holdout', {'holdout': 0.4}, {}),
-        ('length', {'length': 8}, {}),
-        ('workers', {'workers': 2}, {}),
-        ('batch', {}, {'batch': 4}),
-        ('seed', {}, {'seed': 1}),
-        ('shards', {}, {'shard': (0, 2)}),
+        ("holdout", {"holdout": 0.4}, {}),
+        ("length", {"length": 8}, {}),
+        ("workers", {"workers": 2}, {}),
+        ("batch", {}, {"batch": 4}),
+        ("seed", {}, {"seed": 1}),
+        ("shards", {}, {"shard": (0, 2)}),
     ],
 )
 def test_fingerprint_changes_with_each_setting(folder, fact, settings, order):
     base = data.make(config(folder), batch=2, seed=0).fingerprint
-    given = {'batch': 2, 'seed': 0, **order}
+    given = {"batch": 2, "seed": 0, **order}
     other = data.make(config(folder, **settings), **given).fingerprint
-    assert {key for key in base if base[key] != other[key]} == {fact, 'hash'}
+    assert {key for key in base if base[key] != other[key]} == {fact, "hash"}
 
 
 def test_fingerprint_is_one_for_all_shards(folder):
@@ -236,35 +236,35 @@ def test_fingerprint_changes_with_the_files(folder):
         other = data.make(config(folder), batch=2, seed=0).fingerprint
         return {key for key in base if base[key] != other[key]}
 
-    original = (folder / '00.txt').read_bytes()
-    (folder / '00.txt').write_bytes(bytes([original[0] ^ 1]) + original[1:])
-    assert changed() == {'content', 'hash'}
-    (folder / '00.txt').rename(folder / '000.txt')
-    (folder / '000.txt').write_bytes(original)
-    assert changed() == {'names', 'hash'}
-    (folder / '000.txt').rename(folder / '00.txt')
+    original = (folder / "00.txt").read_bytes()
+    (folder / "00.txt").write_bytes(bytes([original[0] ^ 1]) + original[1:])
+    assert changed() == {"content", "hash"}
+    (folder / "00.txt").rename(folder / "000.txt")
+    (folder / "000.txt").write_bytes(original)
+    assert changed() == {"names", "hash"}
+    (folder / "000.txt").rename(folder / "00.txt")
     assert changed() == set()
-    (folder / 'more.txt').write_bytes(b'abc')
-    assert changed() == {'files', 'bytes', 'names', 'content', 'hash'}
+    (folder / "more.txt").write_bytes(b"abc")
+    assert changed() == {"files", "bytes", "names", "content", "hash"}
 
 
 @pytest.mark.parametrize(
-    ('wrong', 'message'),
+    ("wrong", "message"),
     [
-        ({'name': 'txt'}, r"data\.name='txt': allowed sources are text, mqar.*mean 'text'"),
-        ({'name': None}, r'data\.name=None: allowed sources are text, mqar, forgetting_mqar'),
-        ({'name': 'text', 'lenght': 8}, r"lenght=8.*allowed are glob, .*mean 'length'"),
-        ({'name': 'mqar', 'updates': 8}, r"data\.updates=8: the source 'mqar' has no such"),
-        ({'name': 'text', 'length': 8.5}, r'data\.length=8\.5 is of type float.*an integer'),
-        ({'name': 'text', 'length': True}, r'data\.length=True is of type bool.*an integer'),
-        ({'name': 'text', 'holdout': 'x'}, r"data\.holdout='x' is of type str.*a number"),
-        ({'name': 'text', 'length': 0}, r'data\.length=0: allowed is at least 1'),
-        ({'name': 'text', 'workers': -1}, r'data\.workers=-1: allowed is at least 0'),
-        ({'name': 'text', 'holdout': 1}, r'holdout=1\.0: allowed is a fraction'),
-        ({'name': 'text', 'glob': 'no/such'}, r"data\.glob='no/such' matches nothing"),
-        ({'name': 'mqar', 'eval_examples': 0}, r'data\.eval_examples=0: allowed is at least 1'),
-        ({'name': 'mqar', 'vocab': 0}, r'mqar: vocab=0 is out of range'),
-        ({'name': 'mqar', 'noise': 1}, r'data\.noise=1 is of type int.*True or False'),
+        ({"name": "txt"}, r"data\.name='txt': allowed sources are text, mqar.*mean 'text'"),
+        ({"name": None}, r"data\.name=None: allowed sources are text, mqar, forgetting_mqar"),
+        ({"name": "text", "lenght": 8}, r"lenght=8.*allowed are glob, .*mean 'length'"),
+        ({"name": "mqar", "updates": 8}, r"data\.updates=8: the source 'mqar' has no such"),
+        ({"name": "text", "length": 8.5}, r"data\.length=8\.5 is of type float.*an integer"),
+        ({"name": "text", "length": True}, r"data\.length=True is of type bool.*an integer"),
+        ({"name": "text", "holdout": "x"}, r"data\.holdout='x' is of type str.*a number"),
+        ({"name": "text", "length": 0}, r"data\.length=0: allowed is at least 1"),
+        ({"name": "text", "workers": -1}, r"data\.workers=-1: allowed is at least 0"),
+        ({"name": "text", "holdout": 1}, r"holdout=1\.0: allowed is a fraction"),
+        ({"name": "text", "glob": "no/such"}, r"data\.glob='no/such' matches nothing"),
+        ({"name": "mqar", "eval_examples": 0}, r"data\.eval_examples=0: allowed is at least 1"),
+        ({"name": "mqar", "vocab": 0}, r"mqar: vocab=0 is out of range"),
+        ({"name": "mqar", "noise": 1}, r"data\.noise=1 is of type int.*True or False"),
     ],
 )
 def test_wrong_settings(wrong, message):
@@ -273,44 +273,44 @@ def test_wrong_settings(wrong, message):
 
 
 @pytest.mark.parametrize(
-    ('order', 'message'),
+    ("order", "message"),
     [
-        ({'batch': 0}, r'batch=0 over 1 data shard.*positive multiple of the shards; use 1'),
-        ({'batch': 7, 'shard': (0, 2)}, r'batch=7 over 2 data shard.*use [68]'),
-        ({'seed': -1}, r'seed=-1: allowed is an integer from 0'),
-        ({'shard': (2, 2)}, r'shard=\(2, 2\): allowed is \(index, count\)'),
+        ({"batch": 0}, r"batch=0 over 1 data shard.*positive multiple of the shards; use 1"),
+        ({"batch": 7, "shard": (0, 2)}, r"batch=7 over 2 data shard.*use [68]"),
+        ({"seed": -1}, r"seed=-1: allowed is an integer from 0"),
+        ({"shard": (2, 2)}, r"shard=\(2, 2\): allowed is \(index, count\)"),
     ],
 )
 def test_wrong_order(folder, order, message):
     with pytest.raises(ValueError, match=message):
-        data.make(config(folder), **{'batch': 2, 'seed': 0, **order})
+        data.make(config(folder), **{"batch": 2, "seed": 0, **order})
 
 
 # Tasks -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['mqar', 'forgetting_mqar'])
+@pytest.mark.parametrize("name", ["mqar", "forgetting_mqar"])
 def test_make_task(name):
-    small = {'name': name, 'length': 32, 'pairs': 2, 'vocab': 64, 'eval_examples': 10}
-    if name == 'forgetting_mqar':
-        small['updates'] = 2
+    small = {"name": name, "length": 32, "pairs": 2, "vocab": 64, "eval_examples": 10}
+    if name == "forgetting_mqar":
+        small["updates"] = 2
     made = data.make(small, batch=4, seed=7)
     assert made.vocab == 64 and made.length == 32 and made.queries >= 2
     assert made.decode is None and made.bytes_per_token is None
-    assert made.baselines() == {'chance': 1 / 32}
+    assert made.baselines() == {"chance": 1 / 32}
     first, _ = check_resume(made.train, 3, 5)
-    assert first['inputs'].shape == (4, 32) and 'reset' not in first
-    np.testing.assert_array_equal(first['mask'].sum(1), made.queries)
+    assert first["inputs"].shape == (4, 32) and "reset" not in first
+    np.testing.assert_array_equal(first["mask"].sum(1), made.queries)
     batches = list(made.evaluation())
     assert len(batches) == made.evaluation_count == 3
-    assert [b['mask'].any(1).sum() for b in batches] == [4, 4, 2]
+    assert [b["mask"].any(1).sum() for b in batches] == [4, 4, 2]
     assert {v.shape[:1] for b in batches for v in b.values()} == {(4,)}
     other = data.make(small, batch=4, seed=8)
     assert_same(next(other.evaluation()), batches[0])
-    assert not np.array_equal(next(iter(other.train))['inputs'], next(iter(made.train))['inputs'])
-    changed = data.make({**small, 'noise': False}, batch=4, seed=7).fingerprint
+    assert not np.array_equal(next(iter(other.train))["inputs"], next(iter(made.train))["inputs"])
+    changed = data.make({**small, "noise": False}, batch=4, seed=7).fingerprint
     differs = {k for k in changed if changed[k] != made.fingerprint[k]}
-    assert differs == {'noise', 'hash'}
+    assert differs == {"noise", "hash"}
 
 
 class Numbers:
@@ -320,16 +320,16 @@ class Numbers:
         return 1 << 31
 
     def __getitem__(self, index):
-        return {'inputs': np.full(3, index, np.int32), 'mask': np.ones(3, bool)}
+        return {"inputs": np.full(3, index, np.int32), "mask": np.ones(3, bool)}
 
 
 def test_task_batches_come_in_order_on_every_shard():
     rows = iter(pipeline.task_rows(Numbers(), batch=3))
-    assert [next(rows)['inputs'][:, 0].tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [next(rows)["inputs"][:, 0].tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
     rows = iter(pipeline.task_rows(Numbers(), batch=2, shard=(1, 2)))
-    assert [next(rows)['inputs'][:, 0].tolist() for _ in range(2)] == [[1, 3], [5, 7]]
+    assert [next(rows)["inputs"][:, 0].tolist() for _ in range(2)] == [[1, 3], [5, 7]]
 
 
 def test_sources_agree_on_their_settings():
-    assert sources.SETTINGS['text']['length'] == 512
-    assert set(sources.SETTINGS['forgetting_mqar']) - set(sources.SETTINGS['mqar']) == {'updates'}
+    assert sources.SETTINGS["text"]["length"] == 512
+    assert set(sources.SETTINGS["forgetting_mqar"]) - set(sources.SETTINGS["mqar"]) == {"updates"}

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 
 import memjax
+import runs
 from memjax import config, metrics, train
 from memjax.data import tokens
 
@@ -318,6 +318,26 @@ def test_a_signal_saves_within_one_step(tmp_path, monkeypatch, number, at):
     assert at < summary["step"] <= at + 1
     assert runs.summary(tmp_path)["step"] == runs.records(tmp_path)[-1]["step"] == summary["step"]
     assert os.path.isdir(tmp_path / "checkpoints" / str(summary["step"]))
+
+
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path, monkeypatch):
+    """Stopped after step 5, which is to be evaluated; the signal comes with the record before."""
+    original = metrics.Jsonl.write
+
+    def interrupted(log, step, values):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(log, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Jsonl, "write", interrupted)
+        stopped = train.train(task(**{"checkpoint.every": 100}), str(tmp_path))["step"]
+    kinds = [(r["kind"], r["step"]) for r in runs.records(tmp_path)]
+    assert stopped == 5 and ("eval", 5) not in kinds
+    assert train.train(task(**{"checkpoint.every": 100}), str(tmp_path))["finished"]
+    found = [(r["kind"], r["step"]) for r in runs.records(tmp_path)]
+    assert found[:7] == [*kinds, ("eval", 5), ("train", 6)]
+    assert sorted(found) == sorted(set(found))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):

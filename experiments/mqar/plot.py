@@ -1,6 +1,6 @@
 """Draws mqar.png and prints the table of README.md from results.jsonl.
 
-    python experiments/mqar/plot.py
+python experiments/mqar/plot.py
 """
 
 import json

@@ -34,6 +34,4 @@ class BaseConv(nn.Module):
         return past * gate + x, {"convolution": tail}, ctx
 
 
-register(
-    BlockSpec(name="base_conv", mixer=BaseConv, paper="Arora et al. 2023, arXiv 2312.04927")
-)
+register(BlockSpec(name="base_conv", mixer=BaseConv, paper="Arora et al. 2023, arXiv 2312.04927"))

@@ -7,4 +7,4 @@ from memjax.data.sources import Data, make
 from memjax.data.text import Corpus, from_glob, standard_library
 from memjax.data.tokens import decode, encode
 
-__all__ = ['Corpus', 'Data', 'decode', 'encode', 'from_glob', 'make', 'standard_library']
+__all__ = ["Corpus", "Data", "decode", "encode", "from_glob", "make", "standard_library"]

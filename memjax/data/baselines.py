@@ -28,15 +28,15 @@ def baselines(train_texts: Sequence[bytes], heldout_texts: Sequence[bytes]) -> d
     """
     size = sum(map(len, heldout_texts))
     if not size:
-        raise ValueError('no held-out byte: the baselines need at least one; hold out a file')
+        raise ValueError("no held-out byte: the baselines need at least one; hold out a file")
     fitted, scored = _pair_counts(train_texts), _pair_counts(heldout_texts)
     unigram = _log2_add_one(fitted.sum(0))
     bigram = _log2_add_one(fitted)
     return {
-        'uniform': 8.0,
-        'unigram': float(-(scored.sum(0) * unigram).sum() / size),
-        'bigram': float(-(scored * bigram).sum() / size),
-        'zlib': 8.0 * len(zlib.compress(b''.join(heldout_texts), 9)) / size,
+        "uniform": 8.0,
+        "unigram": float(-(scored.sum(0) * unigram).sum() / size),
+        "bigram": float(-(scored * bigram).sum() / size),
+        "zlib": 8.0 * len(zlib.compress(b"".join(heldout_texts), 9)) / size,
     }
 
 

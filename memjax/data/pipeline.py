@@ -38,13 +38,13 @@ def examples(packed: dict[str, np.ndarray]) -> Batch:
 
     A document's first token is never scored (nothing predicts it), nor is padding.
     """
-    tokens, start = packed['tokens'].astype(np.int32), packed['start'].astype(bool)
+    tokens, start = packed["tokens"].astype(np.int32), packed["start"].astype(bool)
     targets = tokens[..., 1:]
     return {
-        'inputs': tokens[..., :-1],
-        'targets': targets,
-        'mask': (targets != byte_tokens.PAD) & ~start[..., 1:],
-        'reset': start[..., :-1],
+        "inputs": tokens[..., :-1],
+        "targets": targets,
+        "mask": (targets != byte_tokens.PAD) & ~start[..., 1:],
+        "reset": start[..., :-1],
     }
 
 
@@ -73,7 +73,7 @@ def text_rows(
     documents = grain.MapDataset.source(Documents(texts)).seed(seed).shuffle().repeat(None)
     # Shuffle before slicing: a shard's documents then do not depend on how the files are ordered.
     documents = documents[shard[0] :: shard[1]].map(byte_tokens.document)
-    row = {'tokens': length + 1, 'start': length + 1}
+    row = {"tokens": length + 1, "start": length + 1}
     packed = grain.experimental.ConcatThenSplitIterDataset(_here(documents), length_struct=row)
     rows = packed.batch(batch, drop_remainder=True).map(examples)
     if workers:
@@ -110,7 +110,7 @@ class TextEvaluation:
         self._length = length
 
     def __len__(self) -> int:
-        return math.ceil((len(self._stream['tokens']) - 1) / self._length)
+        return math.ceil((len(self._stream["tokens"]) - 1) / self._length)
 
     def __getitem__(self, index: int) -> Batch:
         first = index * self._length

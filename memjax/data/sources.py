@@ -19,19 +19,19 @@ from memjax.data import baselines, pipeline, text, tokens
 _VERSION = 1
 
 _MQAR: dict[str, Any] = {
-    'length': 64,
-    'pairs': 8,
-    'vocab': 1024,
-    'power': 0.01,
-    'noise': True,
-    'eval_examples': 3000,
+    "length": 64,
+    "pairs": 8,
+    "vocab": 1024,
+    "power": 0.01,
+    "noise": True,
+    "eval_examples": 3000,
 }
 
 # The settings of each source, with their defaults; a default's type is the setting's type.
 SETTINGS: dict[str, dict[str, Any]] = {
-    'text': {'glob': '', 'length': 512, 'holdout': 0.05, 'workers': 0},
-    'mqar': _MQAR,
-    'forgetting_mqar': {**_MQAR, 'updates': 8},
+    "text": {"glob": "", "length": 512, "holdout": 0.05, "workers": 0},
+    "mqar": _MQAR,
+    "forgetting_mqar": {**_MQAR, "updates": 8},
 }
 
 
@@ -96,25 +96,25 @@ def make(
     _check(isinstance(batch, numbers.Integral) and batch >= 1 and batch % count == 0,
            f'batch={batch} over {count} data shard(s)', 'a positive multiple of the shards',
            f'use {max(1, round(batch / count)) * count}')  # fmt: skip
-    order = {'seed': int(seed), 'batch': int(batch), 'shards': int(count), 'pipeline': _VERSION}
-    build = _text if name == 'text' else functools.partial(_task, name)
+    order = {"seed": int(seed), "batch": int(batch), "shards": int(count), "pipeline": _VERSION}
+    build = _text if name == "text" else functools.partial(_task, name)
     return build(settings, batch // count, int(seed), (int(index), int(count)), order)
 
 
 def _text(settings, batch, seed, shard, order):
-    length, workers = settings['length'], settings['workers']
-    _check(length >= 1, f'data.length={length}', 'at least 1', 'use 512')
-    _check(workers >= 0, f'data.workers={workers}', 'at least 0', 'use 0 to pack in this process')
-    glob = settings['glob']
+    length, workers = settings["length"], settings["workers"]
+    _check(length >= 1, f"data.length={length}", "at least 1", "use 512")
+    _check(workers >= 0, f"data.workers={workers}", "at least 0", "use 0 to pack in this process")
+    glob = settings["glob"]
     corpus = text.from_glob(glob) if glob else text.standard_library()
-    train, heldout = corpus.split(settings['holdout'])
+    train, heldout = corpus.split(settings["holdout"])
     rows = pipeline.TextEvaluation(heldout.texts, length)
     fingerprint = _fingerprint(
-        source='files' if glob else 'python standard library',
+        source="files" if glob else "python standard library",
         **corpus.facts(),
-        holdout=settings['holdout'],
-        tokens='bytes',
-        packing='concat',
+        holdout=settings["holdout"],
+        tokens="bytes",
+        packing="concat",
         length=length,
         workers=workers,
         **order,
@@ -136,21 +136,21 @@ def _text(settings, batch, seed, shard, order):
 
 def _task(name, settings, batch, seed, shard, order):
     facts = dict(settings)
-    count = settings.pop('eval_examples')
-    _check(count >= 1, f'data.eval_examples={count}', 'at least 1', 'use 3000')
-    source = tasks.make(name, split='train', seed=seed, **settings)
-    test = tasks.make(name, split='test', seed=0, **settings)
+    count = settings.pop("eval_examples")
+    _check(count >= 1, f"data.eval_examples={count}", "at least 1", "use 3000")
+    source = tasks.make(name, split="train", seed=seed, **settings)
+    test = tasks.make(name, split="test", seed=0, **settings)
     values = source.vocab - source.vocab // 2  # keys are the lower half of the tokens
     return Data(
         train=pipeline.task_rows(source, batch=batch, shard=shard),
         **_evaluation(test, count, batch, shard),
         vocab=source.vocab,
-        length=settings['length'],
+        length=settings["length"],
         queries=source.queries,
         bytes_per_token=None,
         decode=None,
-        baselines=lambda: {'chance': 1 / values},
-        fingerprint=_fingerprint(source=name, **facts, packing='none', workers=0, **order),
+        baselines=lambda: {"chance": 1 / values},
+        fingerprint=_fingerprint(source=name, **facts, packing="none", workers=0, **order),
     )
 
 
@@ -160,29 +160,29 @@ def _evaluation(rows, count, batch, shard):
                'None evaluates on everything')  # fmt: skip
         return pipeline.evaluation_batches(rows, count=count, batch=batch, shard=shard, limit=limit)
 
-    return {'evaluation': evaluation, 'evaluation_count': math.ceil(count / (batch * shard[1]))}
+    return {"evaluation": evaluation, "evaluation_count": math.ceil(count / (batch * shard[1]))}
 
 
 def _fingerprint(**facts):
     text_of_facts = json.dumps(facts, sort_keys=True)
-    return {**facts, 'hash': hashlib.sha256(text_of_facts.encode()).hexdigest()[:16]}
+    return {**facts, "hash": hashlib.sha256(text_of_facts.encode()).hexdigest()[:16]}
 
 
 def _settings(config_data):
     """The source's name and all of its settings, checked by name and type."""
     given = dict(config_data.items())
-    name = given.pop('name', None)
+    name = given.pop("name", None)
     if name not in SETTINGS:
         raise ValueError(
-            f'data.name={name!r}: allowed sources are {", ".join(SETTINGS)}; '
-            f'choose one{_near(name, SETTINGS)}'
+            f"data.name={name!r}: allowed sources are {', '.join(SETTINGS)}; "
+            f"choose one{_near(name, SETTINGS)}"
         )
     defaults = SETTINGS[name]
     for key, value in given.items():
         if key not in defaults:
             raise ValueError(
-                f'data.{key}={value!r}: the source {name!r} has no such setting; allowed are '
-                f'{", ".join(sorted(defaults))}{_near(key, defaults)}'
+                f"data.{key}={value!r}: the source {name!r} has no such setting; allowed are "
+                f"{', '.join(sorted(defaults))}{_near(key, defaults)}"
             )
         given[key] = _typed(key, value, type(defaults[key]))
     return name, {**defaults, **given}
@@ -192,19 +192,19 @@ def _typed(key, value, kind):
     accepts = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}[kind]
     is_flag = isinstance(value, bool)
     if not isinstance(value, accepts) or is_flag != (kind is bool):
-        words = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'a string'}
+        words = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
         raise ValueError(
-            f'data.{key}={value!r} is of type {type(value).__name__}; '
-            f'it must be {words[kind]}: change it in the config'
+            f"data.{key}={value!r} is of type {type(value).__name__}; "
+            f"it must be {words[kind]}: change it in the config"
         )
     return kind(value)
 
 
 def _near(word, names):
     close = difflib.get_close_matches(str(word), list(names), 1, 0.5)
-    return f'. Did you mean {close[0]!r}?' if close else ''
+    return f". Did you mean {close[0]!r}?" if close else ""
 
 
 def _check(valid, given, allowed, remedy):
     if not valid:
-        raise ValueError(f'{given}: allowed is {allowed}; {remedy}')
+        raise ValueError(f"{given}: allowed is {allowed}; {remedy}")

@@ -19,8 +19,8 @@ _SKIPPED_DIRECTORIES = frozenset({
     'encodings', 'pydoc_data',
 })  # fmt: skip
 # A large table, and files that a build or a machine writes (they hold local paths).
-_SKIPPED_FILES = frozenset({'html/entities.py', 'sitecustomize.py', 'usercustomize.py'})
-_SKIPPED_PREFIXES = ('_sysconfigdata', '_sysconfig_vars', 'config-')
+_SKIPPED_FILES = frozenset({"html/entities.py", "sitecustomize.py", "usercustomize.py"})
+_SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Corpus:
     def __post_init__(self):
         if len(self.names) != len(self.texts) or list(self.names) != sorted(set(self.names)):
             raise ValueError(
-                f'{len(self.names)} names for {len(self.texts)} texts: give as many, names sorted '
-                'and each once; Corpus.of(pairs) does it'
+                f"{len(self.names)} names for {len(self.texts)} texts: give as many, names sorted "
+                "and each once; Corpus.of(pairs) does it"
             )
         if not self.names or not all(self.texts):
             raise ValueError(
-                f'a corpus of {len(self.names)} documents, {sum(map(bool, self.texts))} not empty: '
-                'it needs at least one, and no empty ones; Corpus.of(pairs) leaves those out'
+                f"a corpus of {len(self.names)} documents, {sum(map(bool, self.texts))} not empty: "
+                "it needs at least one, and no empty ones; Corpus.of(pairs) leaves those out"
             )
 
     @classmethod
-    def of(cls, documents: Iterable[tuple[str, bytes]]) -> 'Corpus':
+    def of(cls, documents: Iterable[tuple[str, bytes]]) -> "Corpus":
         """Corpus of (name, bytes) pairs in any order; empty documents are left out.
 
         Raises:
@@ -57,7 +57,7 @@ class Corpus:
         kept = sorted((name, bytes(text)) for name, text in documents if text)
         return cls(tuple(name for name, _ in kept), tuple(text for _, text in kept))
 
-    def split(self, holdout: float, seed: int = 0) -> tuple['Corpus', 'Corpus']:
+    def split(self, holdout: float, seed: int = 0) -> tuple["Corpus", "Corpus"]:
         """Training and held-out corpus, by file.
 
         A file is held out when the hash of its name and `seed`, as a fraction, is below `holdout`,
@@ -72,23 +72,23 @@ class Corpus:
         """
         if isinstance(holdout, bool) or not 0 < holdout < 1:
             raise ValueError(
-                f'holdout={holdout}: allowed is a fraction of the files between 0 and 1, '
-                'both excluded; 0.05 holds out one file in twenty'
+                f"holdout={holdout}: allowed is a fraction of the files between 0 and 1, "
+                "both excluded; 0.05 holds out one file in twenty"
             )
         if len(self.names) < 2:
             raise ValueError(
-                f'holdout={holdout} of one file ({self.names[0]}): the split is by file and needs '
-                'at least 2; cut the file into several, or match more files'
+                f"holdout={holdout} of one file ({self.names[0]}): the split is by file and needs "
+                "at least 2; cut the file into several, or match more files"
             )
         fractions = [_fraction(seed, name) for name in self.names]
         held = [fraction < holdout for fraction in fractions]
         if all(held) or not any(held):
-            side = 'training' if all(held) else 'held-out'
+            side = "training" if all(held) else "held-out"
             low = (math.floor(min(fractions) * 1e4) + 1) / 1e4
             high = math.floor(max(fractions) * 1e4) / 1e4
             raise ValueError(
-                f'holdout={holdout} of {len(held)} files leaves no {side} file; for these files '
-                f'allowed is {low} to {high}: set holdout there, or match more files'
+                f"holdout={holdout} of {len(held)} files leaves no {side} file; for these files "
+                f"allowed is {low} to {high}: set holdout there, or match more files"
             )
         return self._only(held, False), self._only(held, True)
 
@@ -103,17 +103,17 @@ class Corpus:
         """
         names, content = hashlib.sha256(), hashlib.sha256()
         for name, text in zip(self.names, self.texts, strict=True):
-            names.update(_bytes(name) + b'\0%d\0' % len(text))
-            content.update(b'%d\0' % len(text) + text)
+            names.update(_bytes(name) + b"\0%d\0" % len(text))
+            content.update(b"%d\0" % len(text) + text)
         return {
-            'files': len(self.names),
-            'bytes': sum(map(len, self.texts)),
-            'names': names.hexdigest()[:16],
-            'content': content.hexdigest()[:16],
+            "files": len(self.names),
+            "bytes": sum(map(len, self.texts)),
+            "names": names.hexdigest()[:16],
+            "content": content.hexdigest()[:16],
         }
 
 
-def standard_library(root: str = '') -> Corpus:
+def standard_library(root: str = "") -> Corpus:
     """The Python standard library's `.py` sources, about 9 MB, without tests and large tables.
 
     Left out: installed packages, test directories, `encodings`, `pydoc_data`, `html/entities.py`,
@@ -125,7 +125,7 @@ def standard_library(root: str = '') -> Corpus:
     Raises:
       ValueError: there are no sources there.
     """
-    root = root or sysconfig.get_path('stdlib')
+    root = root or sysconfig.get_path("stdlib")
     found = []
     for directory, folders, files in os.walk(root):
         folders[:] = [folder for folder in folders if not _skipped_directory(folder)]
@@ -133,11 +133,11 @@ def standard_library(root: str = '') -> Corpus:
             path = os.path.join(directory, file)
             name = _relative(path, root)
             skipped = name in _SKIPPED_FILES or file.startswith(_SKIPPED_PREFIXES)
-            if file.endswith('.py') and not skipped:
+            if file.endswith(".py") and not skipped:
                 found.append((name, path))
     if not found:
         raise ValueError(
-            f'{root} has no .py files: this Python comes without the sources of its standard '
+            f"{root} has no .py files: this Python comes without the sources of its standard "
             "library; give text of your own, data.glob='~/books/**/*.txt'"
         )
     return _load(found, root)
@@ -158,34 +158,34 @@ def from_glob(pattern: str) -> Corpus:
     files = [path for path in matched if os.path.isfile(path)]
     if not matched:
         raise ValueError(
-            f'data.glob={pattern!r} matches nothing (searched from {os.getcwd()}); it must match '
+            f"data.glob={pattern!r} matches nothing (searched from {os.getcwd()}); it must match "
             "at least two files, as '~/books/**/*.txt'; '' takes the standard library"
         )
     if not files:
-        inside = os.path.join(pattern.rstrip('*/'), '**', '*.txt')
+        inside = os.path.join(pattern.rstrip("*/"), "**", "*.txt")
         raise ValueError(
-            f'data.glob={pattern!r} matches {len(matched)} paths, none of them a file (a directory '
-            f'is not enough); it must match files: {inside!r} takes the text inside'
+            f"data.glob={pattern!r} matches {len(matched)} paths, none of them a file (a directory "
+            f"is not enough); it must match files: {inside!r} takes the text inside"
         )
     root = _fixed_part(expanded)
-    return _load([(_relative(path, root), path) for path in set(files)], f'data.glob={pattern!r}')
+    return _load([(_relative(path, root), path) for path in set(files)], f"data.glob={pattern!r}")
 
 
 def _load(found, origin):
     documents = []
     for name, path in found:
         try:
-            with open(path, 'rb') as file:
+            with open(path, "rb") as file:
                 documents.append((name, file.read()))
         except OSError as error:
             raise ValueError(
-                f'{origin}: cannot read {path} ({error.strerror}); every file must be readable: '
-                'change its permissions, or leave it out'
+                f"{origin}: cannot read {path} ({error.strerror}); every file must be readable: "
+                "change its permissions, or leave it out"
             ) from error
     if not any(text for _, text in documents):
         raise ValueError(
-            f'{origin} has {len(documents)} files, all empty; at least two files need content: '
-            'give files with text in them'
+            f"{origin} has {len(documents)} files, all empty; at least two files need content: "
+            "give files with text in them"
         )
     return Corpus.of(documents)
 
@@ -206,14 +206,14 @@ def _fixed_part(pattern):
 
 
 def _relative(path, root):
-    return os.path.relpath(path, root).replace(os.sep, '/')
+    return os.path.relpath(path, root).replace(os.sep, "/")
 
 
 def _bytes(name):
-    return name.encode('utf-8', 'surrogateescape')
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _fraction(seed, name):
     """A fixed number in [0, 1) of the name, uniform over names."""
-    digest = hashlib.sha256(b'%d\0' % seed + _bytes(name)).digest()
-    return int.from_bytes(digest[:6], 'big') / 2**48
+    digest = hashlib.sha256(b"%d\0" % seed + _bytes(name)).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

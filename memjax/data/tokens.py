@@ -11,7 +11,7 @@ VOCAB = 256 + OFFSET
 
 def encode(text: bytes | str) -> np.ndarray:
     """Tokens int32[N] in 3..258 of N bytes; a str is taken as UTF-8. No special token is added."""
-    data = text.encode('utf-8', 'surrogateescape') if isinstance(text, str) else text
+    data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
     return np.frombuffer(data, np.uint8).astype(np.int32) + OFFSET
 
 
@@ -24,15 +24,15 @@ def decode_bytes(ids: Iterable[int] | np.ndarray) -> bytes:
     tokens = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).reshape(-1)
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < VOCAB:
         raise ValueError(
-            f'tokens from {tokens.min()} to {tokens.max()}: byte tokens are 0..{VOCAB - 1}; '
-            f'use a model with vocab={VOCAB}, or the tokeniser that the model was trained with'
+            f"tokens from {tokens.min()} to {tokens.max()}: byte tokens are 0..{VOCAB - 1}; "
+            f"use a model with vocab={VOCAB}, or the tokeniser that the model was trained with"
         )
     return (tokens[tokens >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
 
 
 def decode(ids: Iterable[int] | np.ndarray) -> str:
     """Text of a flat sequence of tokens; bytes that are not UTF-8 become U+FFFD."""
-    return decode_bytes(ids).decode('utf-8', 'replace')
+    return decode_bytes(ids).decode("utf-8", "replace")
 
 
 def document(text: bytes) -> dict[str, np.ndarray]:
@@ -48,4 +48,4 @@ def document(text: bytes) -> dict[str, np.ndarray]:
     tokens[1:] += OFFSET
     start = np.zeros(len(tokens), bool)
     start[0] = True
-    return {'tokens': tokens, 'start': start}
+    return {"tokens": tokens, "start": start}

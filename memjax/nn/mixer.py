@@ -48,9 +48,7 @@ class Mixer(nn.Module):
 
         return jax.tree.map(name_axes, self.cell.init_params(key, self.heads))
 
-    def inputs(
-        self, x: Float[Array, "B T D"], state: dict, ctx: Context
-    ) -> tuple[PyTree, dict]:
+    def inputs(self, x: Float[Array, "B T D"], state: dict, ctx: Context) -> tuple[PyTree, dict]:
         """The cell's inputs, leaves [B, T, h, ...], and this half's new state."""
         raise NotImplementedError(f"{type(self).__name__} must define inputs")
 
