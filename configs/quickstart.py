@@ -3,9 +3,9 @@
     make quickstart
     python -m memjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-About 8 minutes of training on 2 CPU cores; README.md has the figures it ends with. The text is the
-Python standard library's own sources, which every machine has; they differ a little between versions
-of Python, and the figures with them.
+About 8 minutes of training on 2 CPU cores; README.md has the figures it ends with. The text is
+the Python standard library's own sources, which every machine has; they differ a little between
+versions of Python, and the figures with them.
 """
 
 from memjax import defaults

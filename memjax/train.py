@@ -194,12 +194,19 @@ def describe(show, run: train_step.Training, parameters: int, params: Any, step:
     show.note(f"memjax {__version__}, jax {jax.__version__}, {jax.device_count()} x {device}")
     show.note(
         f"model: {progress.human(parameters)} parameters, {progress.human(held)}B of state a "
-        f"sequence; layers {run.model.config.layers}"
+        f"sequence; {in_words(run.model.config.layers)}"
     )
     facts = {k: v for k, v in run.data.fingerprint.items() if not isinstance(v, (list, dict))}
     show.note("data: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     if step:
         show.note(f"continuing from the checkpoint of step {step}")
+
+
+def in_words(layers: tuple) -> str:
+    """The layers in order, equal ones in a row counted: "3 x delta_net, sliding_window"."""
+    names = [name for pattern, repeats in layers for name in pattern * repeats]
+    runs = [(name, len(list(group))) for name, group in itertools.groupby(names)]
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in runs)
 
 
 def versions() -> dict[str, str]:

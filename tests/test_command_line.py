@@ -9,12 +9,16 @@ import os
 import signal
 
 import pytest
-import runs
+import tiny_runs as runs
 from absl import flags
 
 from memjax import config, train
 
 LAYERS = "--config.model.layers="
+
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+compiled_once = runs.compiled_once
 
 
 @pytest.fixture
@@ -164,9 +168,7 @@ def interrupted(command, tmp_path, monkeypatch):
         describe(*args)
 
     workdir = tmp_path / "run"
-    settings = runs.text(tmp_path)
-    del settings["model.mixers.sliding_window.window"], settings["model.layers"]
-    given = runs.arguments(f"{runs.ROOT}/configs/text.py:simple_gla,layers=1", workdir, settings)
+    given = runs.arguments(runs.TEXT, workdir, runs.text(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(train, "describe", interrupt)
         code, out, err = command(*given)

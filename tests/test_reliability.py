@@ -12,7 +12,7 @@ import signal
 import time
 
 import pytest
-import runs
+import tiny_runs as runs
 
 from memjax import metrics, train
 

@@ -14,7 +14,7 @@ from memjax import config, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 MQAR = f"{ROOT}/configs/mqar.py"
-TEXT = f"{ROOT}/configs/quickstart.py"
+TEXT = f"{ROOT}/configs/text.py:gated_delta_net,layers=1"
 COMMON = {
     "steps": 12,
     "batch": 4,
@@ -33,7 +33,6 @@ TASK = {
     "model.vocab": 32,
     "model.dim": 8,
 }
-HYBRID = ((("hybrid(sliding_window, gated_delta_net)",), 1),)
 PAGES = {
     "a.txt": "The quick brown fox jumps over the lazy dog.\n" * 6,
     "b.txt": "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.\n" * 5,
@@ -51,9 +50,8 @@ def text(folder, **changes) -> dict:
     pages.mkdir(exist_ok=True)
     for name, content in PAGES.items():
         (pages / name).write_text(content, encoding="utf-8")
-    sizes = {"data.length": 16, "data.holdout": 0.45, "model.dim": 16, "model.layers": HYBRID}
-    windows = {"model.mixers.sliding_window.window": 6}
-    return {**COMMON, "data.glob": f"{pages}/*.txt", **sizes, **windows, **changes}
+    sizes = {"data.length": 16, "data.holdout": 0.45, "model.dim": 16}
+    return {**COMMON, "data.glob": f"{pages}/*.txt", **sizes, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +80,8 @@ def trained(factory) -> str:
     if not _TRAINED:
         folder = factory.mktemp("trained")
         settings = text(folder, steps=12, accumulate=2)
+        train.train(load(TEXT, settings), str(folder / "run"))
         _TRAINED.append(str(folder / "run"))
-        train.train(load(TEXT, settings), _TRAINED[0])
     return _TRAINED[0]
 
 
