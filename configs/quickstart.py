@@ -22,7 +22,14 @@ def get_config():
     # Three layers as one pattern: on CPU a loop in Python runs faster than a scan over layers.
     layer = "hybrid(sliding_window, gated_delta_net)"
     config = defaults.config(
-        data={"name": "text", "glob": "", "length": 256, "holdout": 0.05, "workers": 0},
+        data={
+            "name": "text",
+            "glob": "",
+            "length": 256,
+            "holdout": 0.05,
+            "shuffle": 1024,
+            "workers": 0,
+        },
         layers=(((layer, layer, layer), 1),),
         mixers={"sliding_window": {"window": 64}},
         dim=160,

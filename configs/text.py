@@ -29,6 +29,7 @@ def get_config(arg=None):
             "glob": arg.glob,  # '' for the standard library's sources
             "length": arg.length,
             "holdout": 0.05,  # of the files
+            "shuffle": 1024,  # rows of a window within which rows are shuffled
             "workers": 0,
         },
         layers=(((arg.mixer,), arg.layers),),

@@ -198,7 +198,7 @@ def plot_loss(
     axes.set_ylabel(_UNITS.get(key, f"{key} (fraction)" if "accuracy" in key else key))
     axes.set_title(title)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=1, edgecolor="none")
     part = f"{png}.{os.getpid()}.part"
     figure.savefig(part, format="png")
     os.replace(part, png)

@@ -9,6 +9,7 @@ interrupted by SIGTERM or Ctrl-C after saving, 2 a mistake in the request, 1 a d
 is not finite.
 """
 
+import itertools
 import math
 import os
 import platform

@@ -97,8 +97,9 @@ def test_shards_share_out_the_documents():
     assert [order[0::2], order[1::2]] == seen
 
 
-def text_rows():
-    return pipeline.text_rows(random_texts(20, high=400), length=24, batch=2, seed=5)
+def text_rows(shuffle=1):
+    texts = random_texts(20, high=400)
+    return pipeline.text_rows(texts, length=24, batch=2, seed=5, shuffle=shuffle)
 
 
 def test_resume_by_grains_own_check():
@@ -121,9 +122,22 @@ def check_resume(dataset, before, after):
     return expected[0], (it, fresh)
 
 
+@pytest.mark.parametrize("shuffle", [1, 16])
 @pytest.mark.parametrize("before", [0, 1, 7, 40])
-def test_resume_in_the_middle(before):
-    check_resume(text_rows(), before, 20)
+def test_resume_in_the_middle(before, shuffle):
+    check_resume(text_rows(shuffle), before, 20)
+
+
+def test_shuffle_moves_rows_within_their_window_only():
+    def rows(dataset, batches):
+        it = iter(dataset)
+        return [row.tobytes() for _ in range(batches) for row in next(it)["inputs"]]
+
+    ordered, shuffled = rows(text_rows(), 16), rows(text_rows(shuffle=16), 16)
+    assert shuffled != ordered
+    for first in (0, 16):
+        window = slice(first, first + 16)
+        assert sorted(shuffled[window]) == sorted(ordered[window])
 
 
 def test_workers_take_turns_and_resume():

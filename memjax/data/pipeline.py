@@ -55,12 +55,15 @@ def text_rows(
     batch: int,
     seed: int,
     shard: tuple[int, int] = (0, 1),
+    shuffle: int = 1,
     workers: int = 0,
 ) -> grain.IterDataset:
     """Endless training batches of packed documents.
 
     Documents are shuffled anew each epoch, then dealt to the shards, then laid end to end and cut
-    into rows of T + 1 tokens. A row may begin inside a document: `reset` is False there.
+    into rows of T + 1 tokens, and the rows are shuffled within windows: else the rows of a batch,
+    and of the batches after it, would come from one long document. A row may begin inside a
+    document: `reset` is False there.
 
     Args:
       texts: the documents.
@@ -68,6 +71,8 @@ def text_rows(
       batch: B, rows of one batch of this shard.
       seed: of the shuffle.
       shard: (index, count) of this data shard.
+      shuffle: rows of a window within which rows are shuffled; 1 leaves them in order, which a
+        memory that is carried from row to row needs.
       workers: processes that pack; 0 packs in this one. It is part of the order of the data.
     """
     documents = grain.MapDataset.source(Documents(texts)).seed(seed).shuffle().repeat(None)
@@ -75,6 +80,8 @@ def text_rows(
     documents = documents[shard[0] :: shard[1]].map(byte_tokens.document)
     row = {"tokens": length + 1, "start": length + 1}
     packed = grain.experimental.ConcatThenSplitIterDataset(_here(documents), length_struct=row)
+    if shuffle > 1:
+        packed = grain.experimental.WindowShuffleIterDataset(packed, window_size=shuffle, seed=seed)
     rows = packed.batch(batch, drop_remainder=True).map(examples)
     if workers:
         _parse_absl_flags()

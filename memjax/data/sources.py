@@ -29,7 +29,7 @@ _MQAR: dict[str, Any] = {
 
 # The settings of each source, with their defaults; a default's type is the setting's type.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "text": {"glob": "", "length": 512, "holdout": 0.05, "workers": 0},
+    "text": {"glob": "", "length": 512, "holdout": 0.05, "shuffle": 1024, "workers": 0},
     "mqar": _MQAR,
     "forgetting_mqar": {**_MQAR, "updates": 8},
 }
@@ -104,6 +104,12 @@ def make(
 def _text(settings, batch, seed, shard, order):
     length, workers = settings["length"], settings["workers"]
     _check(length >= 1, f"data.length={length}", "at least 1", "use 512")
+    _check(
+        settings["shuffle"] >= 1,
+        f"data.shuffle={settings['shuffle']}",
+        "at least 1",
+        "use 1 to keep the rows in order",
+    )
     _check(workers >= 0, f"data.workers={workers}", "at least 0", "use 0 to pack in this process")
     glob = settings["glob"]
     corpus = text.from_glob(glob) if glob else text.standard_library()
@@ -116,12 +122,19 @@ def _text(settings, batch, seed, shard, order):
         tokens="bytes",
         packing="concat",
         length=length,
+        shuffle=settings["shuffle"],
         workers=workers,
         **order,
     )
     return Data(
         train=pipeline.text_rows(
-            train.texts, length=length, batch=batch, seed=seed, shard=shard, workers=workers
+            train.texts,
+            length=length,
+            batch=batch,
+            seed=seed,
+            shard=shard,
+            shuffle=settings["shuffle"],
+            workers=workers,
         ),
         **_evaluation(rows, len(rows), batch, shard),
         vocab=tokens.VOCAB,
