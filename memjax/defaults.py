@@ -63,6 +63,8 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
     2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only."""
     if cell in ("attention", "sliding_window"):
         options: dict[str, Any] = {"heads": 1, "rotary_base": 0.0}
+        if cell == "sliding_window":
+            options["window"] = 16  # a quarter of the sequence
     else:
         options = {"heads": 1, "convolution": 0, "norm": "layer", "gate": "none"}
     settings = config(

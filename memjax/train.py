@@ -27,7 +27,7 @@ from absl import app, flags, logging
 
 from memjax import __version__, checkpoint, config, generate, metrics, progress, train_step
 from memjax.data import tokens as text_tokens
-from memjax.nn.lm import initial_state
+from memjax.nn.lm import capacity, initial_state
 
 UNFINISHED = 75  # exit code of an interrupted run, EX_TEMPFAIL: the same command continues it
 MAY_CHANGE = ("checkpoint", "eval", "log")  # config fields that a resumed run may change
@@ -51,8 +51,8 @@ def _train(settings, workdir, stopped):
     with config.user_errors("config"):
         run = train_step.build(settings)
         abstract = run.abstract_state()
-        example = next(run.data.evaluation(1))
-        lowered = run.step.lower(abstract, jax.eval_shape(lambda: run.put(example)))
+        example = run.put(next(run.data.evaluation(1)))
+        lowered = run.step.lower(abstract, example)
     config.claim(workdir, settings, MAY_CHANGE)
     summary = {
         "finished": False,
@@ -94,11 +94,13 @@ def _train(settings, workdir, stopped):
         if arrived is None:
             return
         at, values = arrived
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {at} is {values['loss']}; the last checkpoint is of step "
-                f"{saver.latest()}. Lower optim.lr or optim.clip, or look for bad data"
-            )
+        for name in ("loss", "grad_norm"):  # before the state of this step can be saved
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"the {name} of step {at} is {values[name]}; the last checkpoint is of step "
+                    f"{saver.latest()}. Lower optim.lr or optim.clip in a new --workdir, or look "
+                    "for bad data"
+                )
         if run.data.bytes_per_token:
             values["bits_per_byte"] = values["loss"] / math.log(2) / run.data.bytes_per_token
         values["tokens_per_second"] = clock.tokens_per_second()
@@ -183,6 +185,8 @@ def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:
 
 def sample_text(model, params, length: int = 300) -> str:
     """What the model writes from the start of a document."""
+    room = capacity(model.config)
+    length = length if room is None else min(length, room - 1)  # the document's start is a token
     tokens = generate.sample(model, params, [text_tokens.BOS], length, temperature=0.7)
     return "".join(generate.stream_text(tokens))
 

@@ -244,7 +244,7 @@ def build(config: Any) -> Training:
     optimizer, schedule = optim.make(config.optim, config.steps)
     mesh = sharding.mesh(config.mesh)
     step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)
-    return Training(
+    run = Training(
         model=model,
         data=source,
         mesh=mesh,
@@ -254,6 +254,10 @@ def build(config: Any) -> Training:
         evaluate=jax.jit(make_eval_step(model, source.queries)),
         seed=config.seed,
     )
+    # Left to itself, XLA may return a parameter placed otherwise than it came.
+    placed = jax.tree.map(lambda a: a.sharding, run.abstract_state())
+    placed_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    return dataclasses.replace(run, step=placed_step)
 
 
 def model_of(config: Any) -> ModelConfig:

@@ -1,6 +1,7 @@
 """Packing, resume, evaluation, settings and fingerprints of memjax.data."""
 
 import itertools
+import json
 import math
 
 import grain
@@ -111,7 +112,7 @@ def check_resume(dataset, before, after):
     it = iter(dataset)
     for _ in range(before):
         next(it)
-    state = it.get_state()
+    state = json.loads(json.dumps(it.get_state()))  # as a checkpoint hands it back
     expected = [next(it) for _ in range(after)]
     fresh = iter(dataset)
     fresh.set_state(state)
@@ -122,8 +123,8 @@ def check_resume(dataset, before, after):
     return expected[0], (it, fresh)
 
 
-@pytest.mark.parametrize("shuffle", [1, 16])
-@pytest.mark.parametrize("before", [0, 1, 7, 40])
+@pytest.mark.parametrize("shuffle", [1, 16, 64])
+@pytest.mark.parametrize("before", [1, 7, 40])
 def test_resume_in_the_middle(before, shuffle):
     check_resume(text_rows(shuffle), before, 20)
 

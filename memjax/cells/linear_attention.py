@@ -85,8 +85,12 @@ class LinearAttention(MatrixMemory):
 
 
 class LinearAttentionMixer(ProjectionMixer):
-    """Projections, short convolution and output norm around linear attention."""
+    """Projections and output norm around linear attention.
 
+    There is no short convolution unless it is asked for: it ends in a SiLU of its own.
+    """
+
+    convolution: int = 0
     feature_map: str = "silu_l2"
     normalise: bool = False
 

@@ -48,6 +48,29 @@ def examples(packed: dict[str, np.ndarray]) -> Batch:
     }
 
 
+class _Restorable(grain.IterDataset):
+    """A packer whose place can be restored from JSON also before its first row.
+
+    grain marks "nothing is left over" by the tuple (-1, -1), which JSON hands back as a list and
+    grain then takes for a slice. A shuffled window saves the place of its first row.
+    """
+
+    def __iter__(self):
+        return _RestorableIterator(iter(self._parent))
+
+
+class _RestorableIterator(grain.DatasetIterator):
+    def __next__(self):
+        return next(self._parent)
+
+    def get_state(self):
+        return self._parent.get_state()
+
+    def set_state(self, state):
+        left_over = {key: tuple(value) for key, value in state["remainder_slices"].items()}
+        self._parent.set_state({**state, "remainder_slices": left_over})
+
+
 def text_rows(
     texts: Sequence[bytes],
     *,
@@ -81,7 +104,9 @@ def text_rows(
     row = {"tokens": length + 1, "start": length + 1}
     packed = grain.experimental.ConcatThenSplitIterDataset(_here(documents), length_struct=row)
     if shuffle > 1:
-        packed = grain.experimental.WindowShuffleIterDataset(packed, window_size=shuffle, seed=seed)
+        packed = grain.experimental.WindowShuffleIterDataset(
+            _Restorable(packed), window_size=shuffle, seed=seed
+        )
     rows = packed.batch(batch, drop_remainder=True).map(examples)
     if workers:
         _parse_absl_flags()
