@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
             f"{argv[1]!r} is no flag; flags begin with --, and a text with spaces needs quotes, as "
             "in --prompt='def main'"
         )
-    logging.set_verbosity(logging.WARNING)  # orbax tells a lot
+    logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     given = flags.FLAGS
     step, model, params, meta = load(given.workdir, given.step)
     if meta["config"]["data"]["name"] != "text":
