@@ -30,7 +30,7 @@ from memjax import cells, inputs
 from memjax.cell import FORMS, MemoryCell
 from memjax.config import UserError, exit_on_user_error, parse_flags, user_errors, write_text
 from memjax.registry import CellSpec
-from memjax.typing import PyTree
+from memjax.typing import AXES, PyTree
 
 GATE = 256  # tokens on which a form is compared with scan
 STEPS = 20  # decoding steps in one timed call
@@ -58,7 +58,7 @@ def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
     changes: dict[str, Any] = {
         name: known[name].default for name in ("chunk", "block") if name in known
     }
-    changes |= {name: shape.dim for name in inputs.SIZES.values() if name in known}
+    changes |= {name: shape.dim for name in AXES.values() if name in known}
     if "window" in known:
         unbounded = hasattr(spec.mixer, "capacity")
         changes["window"] = shape.length + STEPS if unbounded else shape.window
@@ -70,7 +70,7 @@ def problem(spec: CellSpec, shape: Shape) -> tuple[MemoryCell, PyTree, PyTree]:
     cell = make_cell(spec, shape)
     params = jax.device_get(cell.init_params(jax.random.key(0), shape.heads))
     rng = np.random.default_rng(0)
-    return cell, params, inputs.draw(spec, cell, rng, shape.batch, shape.length, shape.heads)
+    return cell, params, inputs.draw(cell, rng, shape.batch, shape.length, shape.heads)
 
 
 # ---------------------------------------------------------------- what is measured

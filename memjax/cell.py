@@ -7,12 +7,13 @@ gradients. `run` is the only thing that models call.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from memjax.recurrence import accumulator_dtype, memories, per_head, promote, scan_tokens
-from memjax.typing import Array, Bool, DTypeLike, PRNGKeyArray, PyTree
+from memjax.typing import AXES, Array, Bool, DTypeLike, PRNGKeyArray, PyTree, fields
 
 FORMS = ("pallas", "chunked", "scan")
 
@@ -25,11 +26,15 @@ class MemoryCell:
     writes, `init_params` when the memory has weights of its own, `chunked` and `pallas` when it
     has faster forms of the same recurrence. `scan` is derived and never overridden.
 
+    inputs: the NamedTuple type of its inputs, each leaf annotated with a `memjax.typing.Field`.
+
     Shapes of one token of one head: params and state are the cell's own trees, x is its inputs'
     NamedTuple with the axes [B, T, h] taken off. Sequence forms: params [H, ...], state
     [B, H, ...] or None for the initial one, xs leaves [B, T, h, ...], reset [B, T] or None,
     write [B, T] or [B, T, h] or None. Every function that returns both returns (y, state).
     """
+
+    inputs: ClassVar[type]
 
     def init_params(self, key: PRNGKeyArray, heads: int) -> PyTree:
         """Weights of the memory itself, every leaf [heads, ...]; {} when it has none."""
@@ -149,15 +154,13 @@ def initial_state(
 def _check(cell, params, xs, state, reset, write) -> int:
     """Refuses inputs that do not fit together; returns T."""
     name = type(cell).__name__
-    shapes = {jax.tree_util.keystr(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(xs)}
-    if not shapes or any(len(shape) < 3 for shape in shapes.values()):
-        raise ValueError(f"{name}: inputs must have leaves [B, T, h, ...]; given {shapes}")
-    leading = {shape[:2] for shape in shapes.values()}
-    if len(leading) > 1:
-        raise ValueError(f"{name}: inputs differ in their axes [B, T]; given {shapes}")
-    batch, length = leading.pop()
+    batch, length = _check_inputs(name, cell, xs)
     if length == 0:
         raise ValueError(f"{name}: the sequence is empty (T = 0); give at least one token")
+    heads = memories(params, state, xs)
+    if any(heads % leaf.shape[2] for leaf in jax.tree.leaves(xs)):
+        given = {leaf: getattr(xs, leaf).shape[2] for leaf in xs._fields}
+        raise ValueError(f"{name}: {heads} memories; inputs must have divisors; given {given}")
     for label, mask in (("reset", reset), ("write", write)):
         if mask is None:
             continue
@@ -176,6 +179,33 @@ def _check(cell, params, xs, state, reset, write) -> int:
                 f"{name}: the state does not fit; given {_leaves(state)}, expected {wanted}"
             )
     return length
+
+
+def _check_inputs(name: str, cell: MemoryCell, xs: PyTree) -> tuple[int, int]:
+    """Refuses inputs that are not the cell's; returns B and T."""
+    if not hasattr(cell, "inputs"):
+        raise NotImplementedError(f"{name} must define inputs, the NamedTuple type of its inputs")
+    wanted = {leaf: field.shape.split() for leaf, field in fields(cell.inputs).items()}
+    if getattr(xs, "_fields", None) != tuple(wanted):
+        raise ValueError(
+            f"{name}: inputs must be {cell.inputs.__module__}.{cell.inputs.__qualname__}"
+            f"({', '.join(wanted)}); given {type(xs).__name__}"
+            f"({', '.join(getattr(xs, '_fields', ()))})"
+        )
+    given = {leaf: tuple(getattr(xs, leaf).shape) for leaf in wanted}
+    for leaf, axes in wanted.items():
+        sizes = [getattr(cell, AXES[axis]) if axis in AXES else axis for axis in axes]
+        known = [
+            size if axis in AXES else axis
+            for axis, size in zip(axes, given[leaf][3:], strict=False)
+        ]
+        if len(given[leaf]) != 3 + len(axes) or known != sizes:
+            shape = ", ".join(map(str, ["B", "T", "h", *sizes]))
+            raise ValueError(f"{name}: {leaf} must be [{shape}]; given {list(given[leaf])}")
+    leading = {shape[:2] for shape in given.values()}
+    if len(leading) > 1:
+        raise ValueError(f"{name}: inputs differ in their axes [B, T]; given {given}")
+    return leading.pop()
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """The settings that all configs share, as a ConfigDict to change and return."""
 
+import typing
+from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
-from memjax.nn.lm import default_mixers
+from memjax.nn.stack import mixer_names, mixer_options
 
 
 def config(
@@ -37,7 +39,7 @@ def config(
             **model,
         }
     )
-    settings.model.mixers = ConfigDict(default_mixers(layers, **(mixers or {})))
+    settings.model.mixers = default_mixers(layers, mixers or {})
     settings.optim = ConfigDict(
         {
             "lr": 1e-3,
@@ -55,6 +57,24 @@ def config(
     settings.mesh = ConfigDict({"data": 1, "fsdp": -1})
     settings.next_steps = ""  # printed at the end of a finished run
     return settings
+
+
+def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """Every option of every mixer that `layers` names, with `changes` by name.
+
+    An option that is None and may be something else keeps its type, so that a flag can set it.
+    """
+    used = {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}
+    found: dict[str, dict] = {}
+    for name in sorted(used):
+        found[name] = {}
+        for option, field in mixer_options(name).items():
+            value = field.default
+            if value is None:
+                value = config_dict.placeholder(typing.get_args(field.type)[0])
+            found[name][option] = value
+        found[name] |= changes.get(name, {})
+    return ConfigDict(found)
 
 
 def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
@@ -76,7 +96,7 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
         mlp=0.0,
         norm="layer",
     )
-    settings.steps, settings.batch = 2000, 64
+    settings.steps, settings.batch = 3000, 64
     settings.optim.update(lr=3e-3, final=0.0, b2=0.999)
     settings.eval.update(every=500, batches=8)
     settings.checkpoint.every = 500

@@ -34,7 +34,7 @@ def sample(
     """Yields `length` tokens that continue `prompt` (at least one token).
 
     temperature: >= 0; 0 takes the most likely token. top_k: draw from the k most likely tokens
-    only; 0 for all. The padding token is never drawn.
+    only; 0 for all. Only bytes are drawn.
 
     Raises:
       ValueError: an empty prompt, a setting out of range, or more tokens than the model's
@@ -51,7 +51,7 @@ def sample(
             f"{total} tokens (prompt {len(prompt)} + length {length}) do not fit the attention's "
             f"capacity of {limit}; ask for at most {max(0, limit - len(prompt))}"
         )
-    advance = jax.jit(functools.partial(_advance, model, temperature, top_k))
+    advance = jax.jit(functools.partial(_advance, model, temperature, top_k), donate_argnums=2)
     return _draw(advance, params, prompt, length, jax.random.key(seed))
 
 
@@ -66,8 +66,8 @@ def _draw(advance, params, prompt, length, key):
 
 def _advance(model, temperature, top_k, params, inputs, state, key):
     last = jnp.full((1, 1), inputs.shape[1] - 1)
-    logits, state = model.apply({"params": params}, inputs, state, select=last)
-    logits = logits[0, 0].at[text_tokens.PAD].set(-jnp.inf)
+    logits, state = model.apply({"params": params}, inputs, state, select=last, differentiate=False)
+    logits = logits[0, 0].at[: text_tokens.OFFSET].set(-jnp.inf)
     if temperature == 0:
         return jnp.argmax(logits), state
     if 0 < top_k < logits.shape[0]:
@@ -76,11 +76,9 @@ def _advance(model, temperature, top_k, params, inputs, state, key):
 
 
 def stream_text(tokens: Iterator[int]) -> Iterator[str]:
-    """Text of byte tokens as it becomes complete; stops at the start of another document."""
+    """Text of byte tokens as it becomes complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        if token in (text_tokens.BOS, text_tokens.EOS):
-            break
         yield decoder.decode(text_tokens.decode_bytes([token]))
     yield decoder.decode(b"", final=True)
 

@@ -1,17 +1,14 @@
-"""Random inputs for any registered cell, drawn from its spec: for tests and benchmarks."""
+"""Random inputs for any cell, drawn from its fields: for tests and benchmarks."""
 
 from typing import Any
 
 import numpy as np
 
 from memjax.cell import MemoryCell
-from memjax.registry import CellSpec, Field
-
-SIZES = {"K": "key_dim", "V": "value_dim"}  # letter of a Field's shape -> field of the cell
+from memjax.typing import AXES, Field, fields
 
 
 def draw(
-    spec: CellSpec,
     cell: MemoryCell,
     rng: np.random.Generator,
     batch: int,
@@ -24,15 +21,15 @@ def draw(
     queries: G, the queries that share one memory, where the cell has that axis.
     """
     leaves = {}
-    for name, field in spec.fields.items():
+    for name, field in fields(cell.inputs).items():
         axes = field_shape(field, cell, queries)
         leaves[name] = draw_field(field, rng, (batch, length, heads, *axes)).astype(np.float32)
-    return spec.inputs(**leaves)
+    return cell.inputs(**leaves)
 
 
 def field_shape(field: Field, cell: MemoryCell, queries: int = 1) -> tuple[int, ...]:
     """The axes of one token of one head."""
-    return tuple(queries if a == "G" else getattr(cell, SIZES[a]) for a in field.shape.split())
+    return tuple(getattr(cell, AXES[a]) if a in AXES else queries for a in field.shape.split())
 
 
 def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

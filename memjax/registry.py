@@ -12,28 +12,11 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
-    """What one leaf of a cell's inputs holds; tests and benchmarks draw their inputs from it.
-
-    shape: the axes of one token of one head, in letters of `memjax.typing` ("K", "V", "G K", "").
-    kind: "query" (unit norm), "key" (unit norm), "value" (normal), "log_decay" (<= 0) or "rate".
-    low, high: the closed range of a rate; unused for the other kinds.
-    """
-
-    shape: str
-    kind: str
-    low: float = 0.0
-    high: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class CellSpec:
     """All that memjax knows about a memory cell; registering it buys configs, tests and tables.
 
     name: the field's name for it, in snake case.
     cell: makes the cell of the contract tests; takes no argument.
-    inputs: the NamedTuple type of its inputs.
-    fields: name of each leaf of `inputs` -> Field.
     mixer: the Linen module that puts the cell into a model.
     paper: where the recurrence stands.
     variants: further cells that must pass the same tests, by name.
@@ -41,8 +24,6 @@ class CellSpec:
 
     name: str
     cell: Callable[[], Any]
-    inputs: type
-    fields: Mapping[str, Field]
     mixer: type
     paper: str
     variants: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)

@@ -80,8 +80,8 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     """
     if rows is not None and rows % mesh.size:
         raise UserError(
-            f"config.batch={rows}: not divisible by the {mesh.size} devices of the "
-            f"mesh {dict(mesh.shape)}; choose a multiple of {mesh.size}."
+            f"config.batch / config.accumulate = {rows} rows do not divide over the {mesh.size} "
+            f"devices of the mesh {dict(mesh.shape)}; choose a multiple of {mesh.size}."
         )
     return NamedSharding(mesh, PartitionSpec(AXES))
 

@@ -39,7 +39,13 @@ class Scores(NamedTuple):
     mask: Bool[Array, "B S"]
 
 
-def score(model: LanguageModel, params: PyTree, batch: Batch, queries: int | None) -> Scores:
+def score(
+    model: LanguageModel,
+    params: PyTree,
+    batch: Batch,
+    queries: int | None,
+    differentiate: bool = True,
+) -> Scores:
     """Runs the model on a batch from its initial state.
 
     queries: at most this many positions of a row are scored; only their logits are computed.
@@ -50,7 +56,11 @@ def score(model: LanguageModel, params: PyTree, batch: Batch, queries: int | Non
         select = scored_positions(mask, queries)
         targets, mask = (jnp.take_along_axis(a, select, axis=1) for a in (targets, mask))
     logits, _ = model.apply(
-        {"params": params}, batch["inputs"], reset=batch.get("reset"), select=select
+        {"params": params},
+        batch["inputs"],
+        reset=batch.get("reset"),
+        select=select,
+        differentiate=differentiate,
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return Scores(jnp.where(mask, nats, 0), (jnp.argmax(logits, -1) == targets) & mask, mask)
@@ -90,7 +100,10 @@ def make_train_step(
         if accumulate == 1:
             (nats, correct, gradients), _ = add(zeros, batch)
         else:
-            pieces = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), dict(batch))
+            # every accumulate-th row, so that each device's rows stay on it
+            pieces = jax.tree.map(
+                lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), dict(batch)
+            )
             (nats, correct, gradients), _ = jax.lax.scan(add, zeros, pieces)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {
@@ -117,7 +130,7 @@ def make_eval_step(
     """
 
     def step(params, batch):
-        scores = score(model, params, batch, queries)
+        scores = score(model, params, batch, queries, differentiate=False)
         scored_rows = jnp.any(scores.mask, axis=1)
         all_right = jnp.all(scores.correct | ~scores.mask, axis=1) & scored_rows
         sums = {
@@ -164,7 +177,7 @@ class Training:
 
     model: the Linen module. data: its batches (see `memjax.data.Data`). mesh: the devices.
     optimizer, schedule: of optax. step, evaluate: jitted (state, batch) -> (state, metrics), with
-    the state donated, and (params, batch) -> sums. queries: see `score`.
+    the state donated, and (params, batch) -> sums. seed: of the parameters.
     """
 
     model: LanguageModel
@@ -243,6 +256,7 @@ def build(config: Any) -> Training:
     model = LanguageModel(model_config)
     optimizer, schedule = optim.make(config.optim, config.steps)
     mesh = sharding.mesh(config.mesh)
+    sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
     step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)
     run = Training(
         model=model,

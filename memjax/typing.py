@@ -10,10 +10,59 @@ D  width of the model              W  slots of a window
 A trailing `...` stands for the axes of one token of one head. Decays are natural logarithms, <= 0.
 """
 
+import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, Shaped
 
 PyTree = Any  # a tree of arrays whose structure the cell decides
 
-__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "PRNGKeyArray", "PyTree", "Shaped"]
+__all__ = [
+    "Array",
+    "Bool",
+    "DTypeLike",
+    "Field",
+    "Float",
+    "Int",
+    "PRNGKeyArray",
+    "PyTree",
+    "Shaped",
+    "fields",
+]
+
+AXES = {"K": "key_dim", "V": "value_dim"}  # letter -> attribute of the cell; others are free
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What one leaf of a cell's inputs holds: its annotation in their NamedTuple.
+
+        class Inputs(NamedTuple):
+            k: Annotated[Array, Field("K", "key")]
+
+    `memjax.run` checks the shape; tests and benchmarks draw their inputs from the rest.
+
+    shape: the axes of one token of one head, in letters of the legend ("K", "V", "G K", "").
+    kind: "query" (unit norm), "key" (unit norm), "value" (normal), "log_decay" (<= 0) or "rate".
+    low, high: the closed range of a rate; unused for the other kinds.
+    """
+
+    shape: str
+    kind: str
+    low: float = 0.0
+    high: float = 1.0
+
+
+@functools.cache
+def fields(inputs: type) -> Mapping[str, Field]:
+    """Name of each leaf of an inputs type -> its Field; ValueError for a leaf without one."""
+    found = {}
+    for name, hint in typing.get_type_hints(inputs, include_extras=True).items():
+        marks = [mark for mark in typing.get_args(hint) if isinstance(mark, Field)]
+        if len(marks) != 1:
+            raise ValueError(f"{inputs.__qualname__}.{name}: annotate it with one memjax Field")
+        found[name] = marks[0]
+    return found

@@ -6,6 +6,7 @@ All comparisons are made in numpy: on the CPU `jnp.max` loses NaN.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import numpy as np
 import memjax
 from memjax import inputs
 from memjax.cell import FORMS, MemoryCell
-from memjax.registry import CellSpec, Field
+from memjax.registry import CellSpec
+from memjax.typing import Field, fields
 
 BATCH, HEADS, QUERIES = 3, 2, 2
 SCENARIOS = ("random", "correlated", "equal", "gates")
@@ -29,6 +31,11 @@ class Case(NamedTuple):
     name: str
     spec: CellSpec
     cell: MemoryCell
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """What the leaves of its inputs hold."""
+        return fields(self.cell.inputs)
 
 
 class Given(NamedTuple):
@@ -74,7 +81,7 @@ def forms(case: Case) -> list[str]:
 
 def scenarios(case: Case) -> list[str]:
     """Those that differ for this cell."""
-    gated = {field.kind for field in case.spec.fields.values()} & {"log_decay", "rate"}
+    gated = {field.kind for field in case.fields.values()} & {"log_decay", "rate"}
     return [name for name in SCENARIOS if gated or name != "gates"]
 
 
@@ -95,12 +102,11 @@ def draw(case: Case, rng, length: int, heads: int = HEADS, scenario: str = "rand
     random: independent. correlated: keys at cosine 0.9. equal: one key for all tokens, rates at
     the upper end. gates: decays and rates at their limits among ordinary ones.
     """
-    xs = inputs.draw(case.spec, case.cell, rng, BATCH, length, heads, QUERIES)
+    xs = inputs.draw(case.cell, rng, BATCH, length, heads, QUERIES)
     leaves = {
-        name: _leaf(case.spec.fields[name], rng, leaf, scenario)
-        for name, leaf in xs._asdict().items()
+        name: _leaf(case.fields[name], rng, leaf, scenario) for name, leaf in xs._asdict().items()
     }
-    return case.spec.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
+    return case.cell.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
 
 
 def _leaf(field: Field, rng, ordinary: np.ndarray, scenario: str) -> np.ndarray:

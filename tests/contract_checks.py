@@ -39,7 +39,7 @@ def _longer_keys(case: Case, given: Given) -> Given:
     longer = {
         name: np.float64(leaf) * (1 + leaf.shape[-1] * 2.0**-25)
         for name, leaf in given.xs._asdict().items()
-        if case.spec.fields[name].kind == "key"
+        if case.fields[name].kind == "key"
     }
     return given._replace(xs=given.xs._replace(**longer))
 
@@ -118,7 +118,7 @@ def check_unwritten(case: Case, form: str) -> None:
     changed = type(other)(
         *(
             mine
-            if case.spec.fields[name].kind == "query"
+            if case.fields[name].kind == "query"
             else np.where(np.expand_dims(given.write, tuple(range(2, mine.ndim))), mine, others)
             for name, mine, others in zip(other._fields, given.xs, other, strict=True)
         )
@@ -175,7 +175,7 @@ def check_causality(case: Case, form: str, scenario: str = "random") -> None:
         assert np.isfinite(gradient).all(), f"{what} is not finite"
         size = np.abs(gradient).reshape(*gradient.shape[:4], -1).max(-1)  # [S, B, T, h]
         assert not size[:, -1, :, -1].any(), f"{what} reaches another head or sequence"
-        kind = case.spec.fields[name].kind
+        kind = case.fields[name].kind
         allowed = past if kind == "query" else past & given.write[None]
         assert not size[~allowed].any(), f"{what} reaches a token that must not be seen"
         if kind == "query":
@@ -194,7 +194,7 @@ def check_bfloat16(case: Case, form: str, narrow_gates: bool = True) -> None:
     narrow = {
         name: leaf.astype(jnp.bfloat16)
         for name, leaf in given.xs._asdict().items()
-        if narrow_gates or case.spec.fields[name].kind in ("query", "key", "value")
+        if narrow_gates or case.fields[name].kind in ("query", "key", "value")
     }
     given = given._replace(xs=given.xs._replace(**narrow))
     rounded = {"[0]"} | {f"gradient of .xs.{name}" for name in narrow}

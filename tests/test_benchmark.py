@@ -16,6 +16,7 @@ from memjax.benchmark import Shape
 from memjax.cells.delta_net import DeltaNet
 from memjax.config import parse_flags
 from memjax.errors import UserError, exit_on_user_error
+from memjax.typing import Field
 
 TINY = Shape(batch=2, length=9, heads=2, dim=4, window=5)
 
@@ -39,14 +40,14 @@ def test_the_cells_have_the_sizes_and_the_librarys_chunk(name):
 def test_draw_holds_what_the_fields_say():
     spec = cells.get("gated_delta_net")
     cell = benchmark.make_cell(spec, TINY)
-    xs = inputs.draw(spec, cell, np.random.default_rng(0), 2, 50, 3)
-    again = inputs.draw(spec, cell, np.random.default_rng(0), 2, 50, 3)
+    xs = inputs.draw(cell, np.random.default_rng(0), 2, 50, 3)
+    again = inputs.draw(cell, np.random.default_rng(0), 2, 50, 3)
     for leaf, same in zip(xs, again, strict=True):
         assert np.array_equal(leaf, same)
     for leaf in (xs.q, xs.k):
         np.testing.assert_allclose(np.linalg.norm(leaf, axis=-1), 1, atol=1e-6)
     assert (xs.g <= 0).all() and (0 <= xs.beta).all() and (xs.beta <= 2).all()
-    field = dataclasses.replace(spec.fields["v"], kind="vlaue")
+    field = Field("V", "vlaue")
     with pytest.raises(ValueError, match="field kind 'vlaue': allowed are query, key"):
         inputs.draw_field(field, np.random.default_rng(0), (2, 3))
 

@@ -1,6 +1,7 @@
 """Blocks, the parameters of every mixer, and the messages of a model's settings."""
 
 import dataclasses
+from typing import Annotated, NamedTuple
 
 import contract
 import flax.linen as nn
@@ -13,11 +14,13 @@ from contract import distance
 
 from memjax import sharding
 from memjax.cell import MemoryCell
+from memjax.defaults import default_mixers
 from memjax.nn.layers import Context, Norm
-from memjax.nn.lm import ModelConfig, default_mixers
+from memjax.nn.lm import ModelConfig
 from memjax.nn.mixer import Mixer
 from memjax.nn.stack import make_mixer
 from memjax.train_step import init_params
+from memjax.typing import Array, Field
 
 KEY = jax.random.key(0)
 
@@ -46,8 +49,14 @@ def test_every_parameter_has_axes_that_the_sharding_rules_know(name):
     assert all(leaf.names[0] == "layers" for leaf in repeated)
 
 
+class Vectors(NamedTuple):
+    v: Annotated[Array, Field("n", "value")]
+
+
 class Weighted(MemoryCell):
     """A memory with weights of its own, of two shapes."""
+
+    inputs = Vectors
 
     def init_params(self, key, heads):
         return {"first": jax.random.normal(key, (heads, 3)), "rate": jnp.ones((heads,))}
@@ -56,7 +65,7 @@ class Weighted(MemoryCell):
         return params["first"]
 
     def write(self, params, state, x):
-        return params["rate"] * state + x
+        return params["rate"] * state + x.v
 
     def read(self, params, state, x):
         return state
@@ -67,7 +76,7 @@ class WeightedMixer(Mixer):
         return Weighted()
 
     def inputs(self, x, state, ctx):
-        return jnp.broadcast_to(x[:, :, None, :3], (*x.shape[:2], self.heads, 3)), {}
+        return Vectors(jnp.broadcast_to(x[:, :, None, :3], (*x.shape[:2], self.heads, 3))), {}
 
     def outputs(self, y, x):
         return x + y.mean((2, 3))[..., None]
@@ -209,7 +218,7 @@ def test_messages_of_a_model(message):
 
 def test_default_mixers_list_every_option():
     layers = ((("base_conv", "hybrid(attention, delta_net)"), 2), (("hybrid",), 1))
-    mixers = default_mixers(layers, delta_net={"beta_max": 2.0})
+    mixers = default_mixers(layers, {"delta_net": {"beta_max": 2.0}})
     inside = {"sliding_window", "gated_delta_net"}
     assert set(mixers) == {"attention", "base_conv", "delta_net", "hybrid"} | inside
     assert mixers["delta_net"]["beta_max"] == 2.0 and mixers["gated_delta_net"]["beta_max"] == 1.0

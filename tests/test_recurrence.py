@@ -11,11 +11,11 @@ import pytest
 
 import memjax
 from memjax import recurrence
-from memjax.cells._matrix import decays, unit_lower_inverse
+from memjax.cells import linear_attention
+from memjax.cells._matrix import decay_to_end, decays, unit_lower_inverse
 from memjax.cells.attention import Attention
 from memjax.cells.attention import Inputs as AttentionInputs
 from memjax.cells.delta_net import DeltaNet, Inputs
-from memjax.cells.linear_attention import LinearAttention
 
 
 def plain_lags(x, tail, reset, write):
@@ -109,7 +109,7 @@ def test_per_head_shares_leaves(counts):
 def test_per_head_refuses_counts_that_do_not_divide():
     xs = inputs(heads=6)._replace(k=inputs(heads=4).k)
     for form in ("scan", "chunked"):
-        with pytest.raises(ValueError, match=r"head counts \[4, 6\]: each must divide the next"):
+        with pytest.raises(ValueError, match=r"6 memories; .* divisors; given .*'k': 4"):
             memjax.run(DeltaNet(8, 6), {}, xs, implementation=form)
 
 
@@ -162,39 +162,74 @@ def test_unit_lower_inverse_refuses_other_sizes():
         unit_lower_inverse(jnp.zeros((12, 12)))
 
 
+def held(decay, chunks, size, width):
+    """All decays between the tokens of chunks, [N, C, C, K], and those since the start."""
+    one = np.ones((chunks, size, 1), np.float32)
+    pairs = [
+        decay.pairs(jnp.pad(one, ((0, 0), (0, 0), (d, width - 1 - d))), one * np.ones(width))
+        for d in range(width)
+    ]
+    return jnp.stack(pairs, -1), jnp.broadcast_to(decay.since_start, (chunks, size, width))
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("with_reset", [False, True])
-def test_decays(with_reset):
-    rng = np.random.default_rng(0)
-    g = -rng.random((3, 8)).astype(np.float32)
-    g[0, 2], g[1, 5], g[2, 0] = -1e3, -np.inf, 0
-    reset = contract.reset_mask(8, rng) if with_reset else None
-    like = np.zeros((3, 8, 4), np.float32)
-    between, since_start = contract.to_numpy(jax.jit(decays)(g, reset, like))
-    document = np.cumsum(np.zeros((3, 8)) if reset is None else reset, axis=1)
-    expected = np.zeros((3, 8, 8))
-    for n, i, j in np.ndindex(3, 8, 8):
-        if j <= i and document[n, i] == document[n, j]:
-            expected[n, i, j] = np.exp(np.sum(np.float64(g[n, j + 1 : i + 1])))
-    start = np.where(document == 0, np.exp(np.cumsum(np.float64(g), axis=1)), 0)
-    np.testing.assert_allclose(between, expected, rtol=1e-6, atol=1e-30)
-    np.testing.assert_allclose(since_start, start, rtol=1e-6, atol=1e-30)
+def test_decays(with_reset, channels, before):
+    """Chunks of 64 tokens, so that decays per channel cross several blocks."""
+    rng, size = np.random.default_rng(0), 64
+    g = -rng.random((3, size, channels)).astype(np.float32) / 8
+    g[0, 2], g[1, 5, 0], g[2, 0], g[2, 40] = -1e3, -1e4, 0, -1e3
+    reset = contract.reset_mask(size, rng) if with_reset else None
+    like = np.zeros((3, size, 3), np.float32)
+
+    def every(g, reset):
+        return *held(decays(g, reset, like, before), 3, size, 3), decay_to_end(g, reset, like)
+
+    between, since_start, to_end = contract.to_numpy(jax.jit(every)(g, reset))
+    document = np.cumsum(np.zeros((3, size)) if reset is None else reset, axis=1)
+    g = np.broadcast_to(np.float64(g), (3, size, 3))
+    expected = np.zeros((3, size, size, 3))
+    for n, i, j in np.ndindex(3, size, size):
+        if j <= i - before and document[n, i] == document[n, j]:
+            expected[n, i, j] = np.exp(np.sum(g[n, j + 1 : i + 1 - before], axis=0))
+    since = np.cumsum(g, axis=1)
+    if before:
+        since = np.concatenate([np.zeros((3, 1, 3)), since[:, :-1]], axis=1)
+    since = np.where((document == 0)[..., None], np.exp(since), 0)
+    after = np.cumsum(g[:, ::-1], axis=1)[:, ::-1]
+    after = np.concatenate([after[:, 1:], np.zeros((3, 1, 3))], axis=1)
+    after = np.where((document == document[:, -1:])[..., None], np.exp(after), 0)
+    np.testing.assert_allclose(between, expected, rtol=3e-6, atol=1e-30)
+    np.testing.assert_allclose(since_start, since, rtol=3e-6, atol=1e-30)
+    np.testing.assert_allclose(np.broadcast_to(to_end, after.shape), after, rtol=3e-6, atol=1e-30)
 
 
-def test_decays_of_strong_gates_have_finite_gradients():
-    g = jnp.asarray([[-0.1, -1e3, -jnp.inf, 0, -80, -90, -0.2, -1e30]])
+STRONG = (-0.1, -1e3, -1e4, 0, -80, -90, -0.2, -1e4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decays_of_strong_gates_have_finite_gradients(channels):
+    g = jnp.broadcast_to(jnp.asarray(STRONG * 8)[None, :, None], (1, 64, channels))
+    like = jnp.zeros((1, 64, 3))
 
     def total(g):
-        return sum(jnp.sum(a) for a in decays(g, None, jnp.zeros((1, 8, 4))))
+        return sum(jnp.sum(a) for before in (False, True) for a in every(g, before))
+
+    def every(g, before):
+        return held(decays(g, None, like, before), 1, 64, 3)
 
     assert np.isfinite(np.asarray(jax.grad(total)(g))).all()
 
 
-def test_strong_decay_elsewhere_costs_no_precision():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strong_decay_elsewhere_costs_no_precision(channels):
     """A difference of two long sums would lose the small decay behind a strong one."""
-    g = np.full((1, 8), -1e-3, np.float32)
+    g = np.full((1, 64, channels), -1e-3, np.float32)
     g[0, 1] = -9e3
-    between = np.asarray(decays(jnp.asarray(g), None, jnp.zeros((1, 8, 4)))[0])
-    np.testing.assert_allclose(between[0, 7, 3], np.exp(-4e-3), rtol=1e-6)
+    between, _ = held(decays(jnp.asarray(g), None, jnp.zeros((1, 64, 3))), 1, 64, 3)
+    for i in (7, 50):
+        np.testing.assert_allclose(between[0, i, 3], np.exp(-1e-3 * (i - 3)), rtol=1e-6)
 
 
 # What `run` refuses.
@@ -218,8 +253,20 @@ MASK = jnp.zeros((2, 5), bool)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (given(xs=inputs()._replace(v=jnp.zeros((2, 5)))), r"leaves \[B, T, h, ...\]; given .*\.v"),
-        (given(xs=()), r"leaves \[B, T, h, ...\]; given \{\}"),
+        (
+            given(xs=inputs()._replace(v=jnp.zeros((2, 5)))),
+            r"v must be \[B, T, h, 6\]; given",
+        ),
+        (given(xs=inputs()._replace(k=inputs().v)), r"k must be \[B, T, h, 8\]; .* \[2, 5, 3, 6\]"),
+        (given(xs=inputs()._replace(beta=inputs().v)), r"beta must be \[B, T, h\]; given"),
+        (
+            given(xs=()),
+            r"must be memjax.cells.delta_net.Inputs\(q, k, v, beta\); given tuple",
+        ),
+        (
+            given(xs=linear_attention.Inputs(*inputs()[:3])),
+            r"must be .*delta_net.Inputs\(q, k, v, beta\); given Inputs\(q, k, v\)",
+        ),
         (given(xs=inputs()._replace(v=inputs(length=4).v)), r"differ in their axes \[B, T\]"),
         (given(xs=inputs(length=0)), r"empty \(T = 0\); give at least one token"),
         (given(reset=MASK[:, :4]), r"reset must be bool\[2, 5\]; given bool\(2, 4\)"),
@@ -280,7 +327,7 @@ def test_impossible_sizes_are_refused(name):
 
 def test_unknown_feature_map_is_refused():
     with pytest.raises(ValueError, match="feature_map 'relu': allowed are identity, elu_plus_one"):
-        LinearAttention(8, 6, feature_map="relu")
+        linear_attention.LinearAttention(8, 6, feature_map="relu")
 
 
 @pytest.mark.parametrize("form", ["scan", "chunked"])

@@ -94,8 +94,8 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 try:
     sharding.batch_sharding(mesh, 12)
 except UserError as err:
-    assert str(err) == ("config.batch=12: not divisible by the 8 devices of the mesh {'data': 2, "
-                        "'fsdp': 4}; choose a multiple of 8."), err
+    assert str(err) == ("config.batch / config.accumulate = 12 rows do not divide over the 8 "
+                        "devices of the mesh {'data': 2, 'fsdp': 4}; choose a multiple of 8."), err
 else:
     raise AssertionError
 print('fine')

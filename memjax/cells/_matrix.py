@@ -1,24 +1,29 @@
 """The algebra that linear attention, its gated forms and the delta rules share.
 
-State S [K, V], one matrix per head. With an optional log decay g <= 0 and an optional write
-strength beta, a token does (Yang et al. 2024, arXiv 2412.06464, Eq. 10; 2406.06484, Eq. 3)
+State S [K, V], one matrix per head. What a token does (specification of the family: Yang et al.
+2024, arXiv 2412.06464, Eq. 10; 2406.06484, Eq. 3; Kimi Team 2025, arXiv 2510.26692), with P the
+state in front of it and an optional log decay g <= 0 for the head or for each key channel:
 
-    S <- exp(g) S                                   decay
-    S <- S + k v^T                                  plain write, or
-    S <- S + beta k (v - S^T k)^T                   delta rule: k first forgets what it held
-    y  = scale S^T q
+    S = exp(g) P + k v^T                            linear attention and its gated forms
+    S = exp(g) P + beta k (v - P^T p)^T             delta rules; p = exp(g) k unless it is given
+    S = exp(g) P + b (P^T a)^T + k v^T              diagonal plus low rank (DPLR)
+    y = scale S^T q
 
-Within a chunk of C tokens, with D_ij the decay between tokens j <= i and f_i the decay since the
-chunk's start, all tokens are solved at once (the WY or UT transform of the delta rule):
+Within a chunk of C tokens, with x.D.y the matrix sum_d x_i[d] exp(g_{j+1} + ... + g_i)[d] y_j[d]
+for j <= i and x.E.y the same with the sum ending at g_{i-1} and j < i, f_i and e_i these decays
+since the chunk's start, and t_j the decay to its end, all tokens are solved at once (the WY or UT
+transform). The corrections R are the rows that the delta rule or DPLR adds:
 
-    A   = tril(k k^T * D, -1)
-    Vn  = (I + diag(beta) A)^-1 diag(beta) (v - f k S)      the values that are really added
-    y   = scale (f q S + (tril(q k^T) * D) Vn)
-    S'  = f_C S + (D_C k)^T Vn
+    delta   R = (I + diag(beta) p.E.k)^-1 diag(beta) (v - e p S),       written with b = k
+    DPLR    R = (I - a.E.b)^-1 (a.E.k v + e a S)
+    y  = f q S + q.D.k v + q.D.b R          (the term in v: not for the delta rule)
+    S' = f_C S + (t k)^T v + (t b)^T R      (the same)
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +36,43 @@ from memjax.recurrence import (
     per_head,
     power_of_two_at_least,
     promote,
+    select,
     to_chunks,
 )
 from memjax.typing import Array, Bool, Float, PyTree
 
 dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
+BLOCK = 16  # tokens whose decays per channel are held pair by pair
+
+
+class Terms(NamedTuple):
+    """What each token does, in the letters of the module's docstring; None for what it has not.
+
+    q, k, p, a, b: [..., K]; v: [..., V]; g: [...] for the head or [..., K] for each key channel;
+    beta: [...].
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    g: Array | None = None
+    beta: Array | None = None
+    p: Array | None = None
+    a: Array | None = None
+    b: Array | None = None
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixMemory(MemoryCell):
     """A memory whose state is one matrix [K, V], zero at the start.
 
+    A subclass defines `write`, and `terms` where its inputs are not the family's own letters.
+
     key_dim, value_dim: K and V of one head.
     scale: factor of the read-out; None for K ** -0.5.
     chunk: tokens in a chunk of the chunked form, a power of two; None for 32 on CPU and 64
-    elsewhere, the fastest in `python -m memjax.benchmark`. Changes speed only.
+    elsewhere. Changes speed only.
     """
 
     key_dim: int
@@ -64,9 +91,17 @@ class MatrixMemory(MemoryCell):
         """Zero."""
         return jnp.zeros((self.key_dim, self.value_dim), jnp.float32)
 
+    def terms(self, xs: PyTree) -> Terms:
+        """Inputs, with any axes in front, in the family's letters."""
+        return Terms(**xs._asdict())
+
+    def answer(self, y: Float[Array, "... V"]) -> Float[Array, "... V"]:
+        """What S^T q becomes: scale S^T q."""
+        return (self.key_dim**-0.5 if self.scale is None else self.scale) * y
+
     def read(self, params: PyTree, state: Float[Array, "K V"], x: PyTree) -> Float[Array, " V"]:
-        """scale S^T q."""
-        return self._scale * dot("k,kv->v", x.q, state)
+        """The answer to S^T q."""
+        return self.answer(dot("k,kv->v", self.terms(x).q, state))
 
     def preferred(self, length: int, differentiate: bool) -> tuple[str, ...]:
         """On CPU the forward pass alone is faster token by token (`python -m memjax.benchmark`)."""
@@ -74,87 +109,177 @@ class MatrixMemory(MemoryCell):
             return ("scan",)
         return super().preferred(length, differentiate)
 
-    @property
-    def _scale(self) -> float:
-        return self.key_dim**-0.5 if self.scale is None else self.scale
-
     @per_head
     def chunked(self, params, state, xs, reset, write):
         """The chunk form of the module's docstring."""
-        y, new = self._chunks(params, state, xs, reset, write)
-        return (self._scale * y).astype(xs.q.dtype), new
-
-    def _chunks(self, params, state, xs, reset, write):
-        """S^T q for every token [T, V], not yet scaled, and the final state."""
         dtype = accumulator_dtype(state, xs)
         state = self.fresh(params, dtype) if state is None else state
-        length = xs.q.shape[0]
+        y, new = self.chunks(state, self.terms(promote(xs, dtype)), reset, write)
+        return self.answer(y).astype(xs.q.dtype), new
+
+    def chunks(self, state, terms, reset, write):
+        """S^T q for the terms of every token [T, V], and the final state."""
+        length = terms.q.shape[0]
         chunk = self.chunk or (32 if jax.default_backend() == "cpu" else 64)
         size = min(chunk, power_of_two_at_least(length))
-        y, state = scan_chunks(state, *to_chunks((promote(xs, dtype), reset, write), size))
+        y, state = scan_chunks(state, *to_chunks((terms, reset, write), size))
         return from_chunks(y, length), state
+
+
+class Decay(NamedTuple):
+    """Decays between the tokens of chunks, zero from one document to another.
+
+    pairs: (x, y), both [N, C, K] -> x.D.y or x.E.y of the module's docstring, [N, C, C].
+    since_start: f or e, [N, C, 1 or K].
+    """
+
+    pairs: Callable[[Array, Array], Array]
+    since_start: Array
 
 
 def scan_chunks(
     state: Float[Array, "K V"],
-    xs: PyTree,
+    terms: Terms,
     reset: Bool[Array, "N C"] | None,
     write: Bool[Array, "N C"] | None,
 ) -> tuple[Float[Array, "N C V"], Float[Array, "K V"]]:
-    """Runs chunks [N, C, ...] of q, k, v and, where the inputs have them, g and beta."""
-    q, k, v = xs.q, xs.k, xs.v
-    g, beta = getattr(xs, "g", None), getattr(xs, "beta", None)
-    if write is not None:  # an all-zero write changes nothing
-        k, v, g, beta = jax.tree.map(
-            lambda a: jnp.where(write.reshape(write.shape + (1,) * (a.ndim - 2)), a, 0),
-            (k, v, g, beta),
-        )
-    between, since_start = decays(g, reset, q)
-    scores = dot("nik,njk->nij", q, k) * between
-    solve = None
-    if beta is not None:
-        gram = jnp.tril(dot("nik,njk->nij", k, k) * between, -1)
-        solve = unit_lower_inverse(beta[..., None] * gram) * beta[:, None, :]
+    """S^T q of chunks of tokens, leaves [N, C, ...], and the state after the last.
+
+    Only the state and its corrections R go through the loop over chunks; the rest is products of
+    all chunks at once.
+    """
+    if write is not None:  # a token with all but its query zero changes nothing
+        zeroed = select(write, terms, jax.tree.map(jnp.zeros_like, terms))
+        terms = zeroed._replace(q=terms.q)
+    q, k, v, g, *_ = terms
+    if g is not None:
+        g = jnp.maximum(g, -1e4)  # exp is zero there; -inf would meet 0 in a product
+        g = g[..., None] if g.ndim == 2 else g
+        terms = terms._replace(g=g)
+    decay, ending = decays(g, reset, q), decay_to_end(g, reset, q)
+    added = dot("nij,njv->niv", decay.pairs(q, k), v), dot("nik,niv->nkv", ending * k, v)
+    corrections = None
+    if terms.beta is not None:
+        added = jax.tree.map(jnp.zeros_like, added)
+        corrections = _delta_rule(terms, decay, reset)
+    elif terms.a is not None:
+        corrections = _low_rank(terms, reset)
 
     def chunk(state, inputs):
-        q, k, v, scores, solve, to_end, since_start = inputs
-        since_start = since_start[:, None]
-        if solve is not None:
-            v = dot("ij,jv->iv", solve, v - dot("ik,kv->iv", since_start * k, state))
-        y = dot("ik,kv->iv", since_start * q, state) + dot("ij,jv->iv", scores, v)
-        state = since_start[-1] * state + dot("ik,iv->kv", to_end[:, None] * k, v)
-        return state, y
+        through, added, corrections = inputs
+        new = through[:, None] * state + added
+        if corrections is None:
+            return new, (state, None)
+        solve, wanted, seen, written = corrections
+        rows = dot("ij,jv->iv", solve, wanted - dot("ik,kv->iv", seen, state))
+        return new + dot("ik,iv->kv", written, rows), (state, rows)
 
-    inputs = (q, k, v, scores, solve, between[:, -1], since_start)
-    state, y = lax.scan(chunk, state, inputs)
-    return y, state
+    if corrections is not None:
+        *solved, b = corrections
+        corrections = *solved, ending * b
+    final, (starts, rows) = lax.scan(
+        chunk, state, (decay.since_start[:, -1], added[1], corrections)
+    )
+    y = added[0] + dot("nik,nkv->niv", decay.since_start * q, starts)
+    if corrections is not None:
+        y = y + dot("nij,njv->niv", decay.pairs(q, b), rows)
+    return y, final
+
+
+def _delta_rule(terms, decay, reset):
+    """M, U, W and b of the corrections R = M (U - W S): [N, C, C], [N, C, V], twice [N, C, K]."""
+    _, k, v, g, beta, p, *_ = terms
+    if p is None:
+        p = k  # the error against the decayed state
+    else:
+        decay = decays(g, reset, p, before=True)
+    solve = unit_lower_inverse(beta[..., None] * jnp.tril(decay.pairs(p, k), -1))
+    return solve * beta[:, None, :], v, decay.since_start * p, k
+
+
+def _low_rank(terms, reset):
+    """The same for DPLR."""
+    _, k, v, g, _, _, a, b = terms
+    decay = decays(g, reset, a, before=True)
+    solve = unit_lower_inverse(-decay.pairs(a, b))
+    return solve, dot("nij,njv->niv", decay.pairs(a, k), v), -decay.since_start * a, b
 
 
 def decays(
-    g: Float[Array, "N C"] | None, reset: Bool[Array, "N C"] | None, like: Float[Array, "N C K"]
-) -> tuple[Float[Array, "N C C"], Float[Array, "N C"]]:
-    """exp(g_{j+1} + ... + g_i) for j <= i, and exp(g_1 + ... + g_i); zero across a reset.
+    g: Float[Array, "N C *K"] | None,
+    reset: Bool[Array, "N C"] | None,
+    like: Float[Array, "N C K"],
+    before: bool = False,
+) -> Decay:
+    """D and f, or E and e with `before`.
 
-    Every exponent is a sum of the terms between, not a difference of two long sums, so that a
-    strong decay elsewhere in the chunk costs no precision; the mask comes before exp.
+    g: [N, C, 1] for the head, [N, C, K] for each channel, None for no decay. Every exponent is a
+    sum of the terms between two tokens, not a difference of two long sums, so that a strong decay
+    elsewhere in the chunk costs no precision; all are <= 0, and masks come before exp.
     """
     chunks, size = like.shape[:2]
-    lower = jnp.tril(jnp.ones((size, size), bool))
-    if g is None:
-        exponent, total = jnp.zeros((1, size, size)), jnp.zeros((chunks, size))
-    else:
-        g = jnp.maximum(g, -1e4)  # exp is zero there; -inf would meet 0 in the product below
-        after_j = jnp.where(lower.T & ~jnp.eye(size, dtype=bool), g[:, None, :], 0)
-        exponent = dot("il,njl->nij", lower.astype(g.dtype), after_j)
-        total = jnp.cumsum(g, axis=1)
-    visible, first = lower[None], jnp.ones((1, size), bool)
+    last = _tril(size, before)
+    visible, first = last[None], jnp.ones((1, size, 1), bool)
     if reset is not None:
         document = jnp.cumsum(reset, axis=1)
         visible = visible & (document[:, :, None] == document[:, None, :])
-        first = document == 0
-    masked_exp = lambda mask, x: jnp.exp(jnp.where(mask, x, -jnp.inf)).astype(like.dtype)  # noqa: E731
-    between = jnp.broadcast_to(masked_exp(visible, exponent), (chunks, size, size))
-    return between, masked_exp(first, total)
+        first = (document == 0)[..., None]
+    if g is None:
+        since_start = jnp.broadcast_to(first, (chunks, size, 1)).astype(like.dtype)
+        return Decay(lambda x, y: dot("nik,njk->nij", x, y) * visible, since_start)
+    since_start = _exp(first, dot("il,nlk->nik", last, g))
+    if g.shape[-1] == 1:
+        after = jnp.where(_tril(size, True)[None], g, 0)  # g_l where l > j
+        between = _exp(visible, dot("il,nlj->nij", last, after))
+        return Decay(lambda x, y: dot("nik,njk->nij", x, y) * between, since_start)
+    return Decay(lambda x, y: _channel_pairs(x, y, g, before) * visible, since_start)
+
+
+def decay_to_end(g, reset, like) -> Float[Array, "N C *K"]:
+    """t: the decay from each token to the end of its chunk, [N, C, 1 or K]."""
+    chunks, size = like.shape[:2]
+    same = jnp.ones((chunks, size, 1), bool)
+    if reset is not None:
+        document = jnp.cumsum(reset, axis=1)
+        same = (document == document[:, -1:])[..., None]
+    if g is None:
+        return same.astype(like.dtype)
+    return _exp(same, dot("lj,nlk->njk", _tril(size, True), g))
+
+
+def _channel_pairs(x, y, g, before: bool) -> Float[Array, "N C C"]:
+    """x.D.y or x.E.y within chunks for decays per channel; not masked by documents.
+
+    Within blocks of `BLOCK` tokens the decays are held pair by pair. From one block to a later one
+    they are a product of three: to the block's end, over the blocks between, and from the later
+    block's start, none of which exceeds 1.
+    """
+    chunks, size, width = x.shape
+    length = min(BLOCK, size)
+    count = size // length
+    x, y, g = (a.reshape(chunks, count, length, width) for a in (x, y, g))
+    last, after = _tril(length, before), _tril(length, True)
+    span = last[:, None, :] & after.T[None]  # [i, j, l]: l > j, and l <= i or l < i
+    inside = _exp(last[..., None], dot("ijl,nblk->nbijk", span, g))
+    near = jnp.sum(x[:, :, :, None] * y[:, :, None] * inside, axis=-1)
+    if count == 1:
+        return near[:, 0]
+    x = x * jnp.exp(dot("il,nblk->nbik", last, g))
+    y = y * jnp.exp(dot("lj,nblk->nbjk", after, g))
+    earlier = _tril(count, True)
+    span = earlier[:, None, :] & earlier.T[None]  # [I, J, M]: J < M < I
+    over = _exp(earlier[..., None], dot("abm,nmk->nabk", span, jnp.sum(g, axis=2)))
+    far = dot("naik,nabjk->naibj", x, y[:, None] * over[:, :, :, None])
+    far = far + near[:, :, :, None] * jnp.eye(count, dtype=far.dtype)[:, None, :, None]
+    return far.reshape(chunks, size, size)
+
+
+def _tril(size: int, strict: bool) -> Bool[Array, "C C"]:
+    return jnp.tril(jnp.ones((size, size), bool), -1 if strict else 0)
+
+
+def _exp(mask, exponent):
+    return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
 
 @jax.custom_jvp

@@ -11,7 +11,7 @@ ring with room for all tokens, and tells when they do not fit.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,16 @@ from memjax.recurrence import (
     select,
     to_chunks,
 )
-from memjax.registry import CellSpec, Field, register
-from memjax.typing import Array, DTypeLike, Float, Int
+from memjax.registry import CellSpec, register
+from memjax.typing import Array, DTypeLike, Field, Float, Int
 
 
 class Inputs(NamedTuple):
     """q: [B, T, h, G, K]; k: [B, T, h, K]; v: [B, T, h, V]. The answer is [B, T, H, G, V]."""
 
-    q: Array
-    k: Array
-    v: Array
+    q: Annotated[Array, Field("G K", "query")]
+    k: Annotated[Array, Field("K", "key")]
+    v: Annotated[Array, Field("V", "value")]
 
 
 class Ring(NamedTuple):
@@ -60,6 +60,8 @@ class SlidingWindow(MemoryCell):
     store_dtype: of the keys and values in the ring. block: queries that are handled together in
     the chunked form, None for the window's length but 128 at most; changes speed only.
     """
+
+    inputs = Inputs
 
     key_dim: int
     value_dim: int
@@ -259,15 +261,11 @@ class AttentionMixer(SlidingWindowMixer):
         return Attention(self.size, self.size, self.window, store_dtype=self.dtype)
 
 
-_FIELDS = {"q": Field("G K", "query"), "k": Field("K", "key"), "v": Field("V", "value")}
-
 register(
     CellSpec(
         name="sliding_window",
         cell=lambda: SlidingWindow(8, 6, window=5, block=4),
         variants={"wide": lambda: SlidingWindow(8, 6, window=40, block=16)},
-        inputs=Inputs,
-        fields=_FIELDS,
         mixer=SlidingWindowMixer,
         paper="Beltagy et al. 2020, arXiv 2004.05150",
     )
@@ -276,8 +274,6 @@ register(
     CellSpec(
         name="attention",
         cell=lambda: Attention(8, 6, window=512, block=16),
-        inputs=Inputs,
-        fields=_FIELDS,
         mixer=AttentionMixer,
         paper="Vaswani et al. 2017, arXiv 1706.03762",
     )

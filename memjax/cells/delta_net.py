@@ -10,7 +10,7 @@ normalised diverge once beta ||k||^2 > 2.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +18,24 @@ import jax.numpy as jnp
 from memjax.cells._matrix import MatrixMemory, dot
 from memjax.nn.layers import Dense, l2_normalise, widen
 from memjax.nn.mixer import ProjectionMixer
-from memjax.registry import CellSpec, Field, register
-from memjax.typing import Array
+from memjax.registry import CellSpec, register
+from memjax.typing import Array, Field
 
 
 class Inputs(NamedTuple):
     """q, k: [B, T, h, K], k of unit norm; v: [B, T, h, V]; beta: [B, T, h] in [0, 2]."""
 
-    q: Array
-    k: Array
-    v: Array
-    beta: Array
+    q: Annotated[Array, Field("K", "query")]
+    k: Annotated[Array, Field("K", "key")]
+    v: Annotated[Array, Field("V", "value")]
+    beta: Annotated[Array, Field("", "rate", 0.0, 2.0)]
 
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNet(MatrixMemory):
     """State S [K, V]."""
+
+    inputs = Inputs
 
     def write(self, params, state, x):
         error = x.v - dot("k,kv->v", x.k, state)
@@ -69,13 +71,6 @@ register(
     CellSpec(
         name="delta_net",
         cell=lambda: DeltaNet(8, 6),
-        inputs=Inputs,
-        fields={
-            "q": Field("K", "query"),
-            "k": Field("K", "key"),
-            "v": Field("V", "value"),
-            "beta": Field("", "rate", 0.0, 2.0),
-        },
         mixer=DeltaNetMixer,
         paper="Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv 2406.06484",
     )

@@ -9,30 +9,32 @@ g = 0 is DeltaNet. A contraction for ||k|| = 1, beta in [0, 2], g <= 0.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 
 from memjax.cells._matrix import MatrixMemory, dot
 from memjax.cells.delta_net import DeltaNetMixer
 from memjax.nn.layers import LogDecay
-from memjax.registry import CellSpec, Field, register
-from memjax.typing import Array
+from memjax.registry import CellSpec, register
+from memjax.typing import Array, Field
 
 
 class Inputs(NamedTuple):
     """As DeltaNet's, and g: [B, T, h], log decay <= 0."""
 
-    q: Array
-    k: Array
-    v: Array
-    beta: Array
-    g: Array
+    q: Annotated[Array, Field("K", "query")]
+    k: Annotated[Array, Field("K", "key")]
+    v: Annotated[Array, Field("V", "value")]
+    beta: Annotated[Array, Field("", "rate", 0.0, 2.0)]
+    g: Annotated[Array, Field("", "log_decay")]
 
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaNet(MatrixMemory):
     """State S [K, V]."""
+
+    inputs = Inputs
 
     def write(self, params, state, x):
         state = jnp.exp(x.g) * state
@@ -61,14 +63,6 @@ register(
     CellSpec(
         name="gated_delta_net",
         cell=lambda: GatedDeltaNet(8, 6),
-        inputs=Inputs,
-        fields={
-            "q": Field("K", "query"),
-            "k": Field("K", "key"),
-            "v": Field("V", "value"),
-            "beta": Field("", "rate", 0.0, 2.0),
-            "g": Field("", "log_decay"),
-        },
         mixer=GatedDeltaNetMixer,
         paper="Yang et al. 2024, arXiv 2412.06464",
     )

@@ -9,17 +9,16 @@ grows with the number of tokens. The feature map must be positive for the normal
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from memjax.cells._matrix import MatrixMemory, dot
+from memjax.cells._matrix import MatrixMemory, Terms
 from memjax.nn.layers import l2_normalise
 from memjax.nn.mixer import ProjectionMixer
-from memjax.recurrence import accumulator_dtype, per_head, promote
-from memjax.registry import CellSpec, Field, register
-from memjax.typing import Array, Float
+from memjax.registry import CellSpec, register
+from memjax.typing import Array, Field, Float
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
@@ -31,9 +30,9 @@ FEATURE_MAPS = {
 class Inputs(NamedTuple):
     """q, k: [B, T, h, K]; v: [B, T, h, V]."""
 
-    q: Array
-    k: Array
-    v: Array
+    q: Annotated[Array, Field("K", "query")]
+    k: Annotated[Array, Field("K", "key")]
+    v: Annotated[Array, Field("V", "value")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +42,8 @@ class LinearAttention(MatrixMemory):
     feature_map: phi, "identity", "elu_plus_one" or "silu_l2" (SiLU, then unit L2 norm).
     normalise: divide the read-out by phi(q) . z, the sum of its weights; `scale` is not used.
     """
+
+    inputs = Inputs
 
     feature_map: str = "identity"
     normalise: bool = False
@@ -57,30 +58,19 @@ class LinearAttention(MatrixMemory):
         return jnp.zeros((self.key_dim, self.value_dim + self.normalise), jnp.float32)
 
     def write(self, params, state, x):
-        x = self._features(x)
+        x = self.terms(x)
         return state + jnp.outer(x.k, x.v)
 
-    def read(self, params, state, x):
-        x = self._features(x)
-        return self._normalised(dot("k,kv->v", x.q, state))
-
-    @per_head
-    def chunked(self, params, state, xs, reset, write):
-        """The chunk form of `MatrixMemory` on the features."""
-        features = self._features(promote(xs, accumulator_dtype(state, xs)))
-        y, state = self._chunks(params, state, features, reset, write)
-        return self._normalised(y).astype(xs.q.dtype), state
-
-    def _features(self, x: Inputs) -> Inputs:
+    def terms(self, xs: Inputs) -> Terms:
         phi = FEATURE_MAPS[self.feature_map]
-        v = x.v
+        v = xs.v
         if self.normalise:  # z accumulates as one more column of values, all ones
             v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        return Inputs(phi(x.q), phi(x.k), v)
+        return Terms(phi(xs.q), phi(xs.k), v)
 
-    def _normalised(self, y):
+    def answer(self, y):
         if not self.normalise:
-            return self._scale * y
+            return super().answer(y)
         return y[..., :-1] / (y[..., -1:] + 1e-10)
 
 
@@ -112,8 +102,6 @@ register(
             "elu": lambda: LinearAttention(8, 6, feature_map="elu_plus_one", normalise=True),
             "silu_l2": lambda: LinearAttention(8, 6, feature_map="silu_l2"),
         },
-        inputs=Inputs,
-        fields={"q": Field("K", "query"), "k": Field("K", "key"), "v": Field("V", "value")},
         mixer=LinearAttentionMixer,
         paper="Katharopoulos et al. 2020, arXiv 2006.16236",
     )

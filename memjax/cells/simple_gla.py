@@ -9,7 +9,7 @@ The mixer's decay is Mamba-2's; unit-norm q and k are our choice.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,24 @@ import jax.numpy as jnp
 from memjax.cells._matrix import MatrixMemory
 from memjax.nn.layers import LogDecay, l2_normalise
 from memjax.nn.mixer import ProjectionMixer
-from memjax.registry import CellSpec, Field, register
-from memjax.typing import Array
+from memjax.registry import CellSpec, register
+from memjax.typing import Array, Field
 
 
 class Inputs(NamedTuple):
     """q, k: [B, T, h, K]; v: [B, T, h, V]; g: [B, T, h], log decay <= 0."""
 
-    q: Array
-    k: Array
-    v: Array
-    g: Array
+    q: Annotated[Array, Field("K", "query")]
+    k: Annotated[Array, Field("K", "key")]
+    v: Annotated[Array, Field("V", "value")]
+    g: Annotated[Array, Field("", "log_decay")]
 
 
 @dataclasses.dataclass(frozen=True)
 class SimpleGLA(MatrixMemory):
     """State S [K, V]."""
+
+    inputs = Inputs
 
     def write(self, params, state, x):
         return jnp.exp(x.g) * state + jnp.outer(x.k, x.v)
@@ -61,13 +63,6 @@ register(
     CellSpec(
         name="simple_gla",
         cell=lambda: SimpleGLA(8, 6),
-        inputs=Inputs,
-        fields={
-            "q": Field("K", "query"),
-            "k": Field("K", "key"),
-            "v": Field("V", "value"),
-            "g": Field("", "log_decay"),
-        },
         mixer=SimpleGLAMixer,
         paper="Dao & Gu 2024, arXiv 2405.21060; Yang et al. 2023, arXiv 2312.06635",
     )

@@ -1,10 +1,10 @@
-"""Byte tokens: 0 is padding, 1 begins a document, 2 ends one, byte b is b + 3."""
+"""Byte tokens: 0 is padding, 1 begins a document, 2 is not used, byte b is b + 3."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
-PAD, BOS, EOS = 0, 1, 2
+PAD, BOS = 0, 1
 OFFSET = 3
 VOCAB = 256 + OFFSET
 
@@ -16,7 +16,7 @@ def encode(text: bytes | str) -> np.ndarray:
 
 
 def decode_bytes(ids: Iterable[int] | np.ndarray) -> bytes:
-    """Bytes of a flat sequence of tokens; padding, begin and end tokens are left out.
+    """Bytes of a flat sequence of tokens; tokens that are no bytes are left out.
 
     Raises:
       ValueError: a token outside 0..258.

@@ -1,7 +1,7 @@
 """Layers that mixers are made of. Every parameter carries logical axis names for sharding."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,17 +11,25 @@ from memjax.recurrence import lags
 from memjax.typing import Array, Bool, DTypeLike, Float, Int
 
 
-class Context(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Context:
     """What every layer of a model is told besides its input.
 
     reset: True where a token is the first of a document; None when no document starts here.
     write: False where a token only reads (padding); None when all are written.
     position: number of written tokens in front of each token in its document.
+    differentiate: whether gradients will be taken, known when the model is traced.
     """
 
     reset: Bool[Array, "B T"] | None
     write: Bool[Array, "B T"] | None
     position: Int[Array, "B T"]
+    differentiate: bool = True
+
+
+jax.tree_util.register_dataclass(
+    Context, data_fields=["reset", "write", "position"], meta_fields=["differentiate"]
+)
 
 
 def normal(std: float) -> Callable:

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from memjax.nn.block import SwiGLU
-from memjax.nn.layers import Context, Norm, normal, widen
-from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names, mixer_options
+from memjax.nn.layers import Context, Norm, normal
+from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names
 from memjax.recurrence import positions
 from memjax.registry import unknown
 from memjax.typing import Array, Bool, Float, Int, PyTree
@@ -79,12 +79,6 @@ class ModelConfig:
         return sum(len(pattern) * repeats for pattern, repeats in self.layers)
 
 
-def default_mixers(layers: tuple, **changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every option of every mixer that `layers` names, with `changes` by name: for configs."""
-    used = {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}
-    return {name: {**mixer_options(name), **changes.get(name, {})} for name in sorted(used)}
-
-
 def capacity(config: ModelConfig) -> int | None:
     """The longest context that every layer can hold; None when it is unbounded."""
     limits = []
@@ -111,13 +105,15 @@ class LanguageModel(nn.Module):
         reset: Bool[Array, "B T"] | None = None,
         write: Bool[Array, "B T"] | None = None,
         select: Int[Array, "B S"] | None = None,
+        differentiate: bool = True,
     ) -> tuple[Float[Array, "B S vocab"], PyTree]:
         """reset: first token of a document. write: False for padding, which changes no state.
-        select: the positions whose logits are wanted; None for all T. Logits are float32."""
+        select: the positions whose logits are wanted; None for all T. differentiate: False when no
+        gradient will be taken; guides the choice of forms. Logits are float32."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         state = state or {"position": jnp.zeros(tokens.shape[0], jnp.int32), "layers": None}
         position, end = positions(reset, write, state["position"], tokens.shape[1])
-        ctx = Context(reset, write, position)
+        ctx = Context(reset, write, position, differentiate)
         init = nn.with_logical_partitioning(normal(config.std), ("vocab", "embed"))
         embedding = self.param("embedding", init, (config.vocab, config.dim), jnp.float32)
         x = jnp.take(embedding.astype(dtype), tokens, axis=0)  # NaN for a token out of range
@@ -125,13 +121,14 @@ class LanguageModel(nn.Module):
         if select is not None:
             x = jnp.take_along_axis(x, select[..., None], axis=1)
         x = Norm(config.norm, name="norm")(x)
-        if config.tie:
-            logits = jnp.einsum("bsd,vd->bsv", x, embedding.astype(dtype))
-        else:
+        head = embedding.T
+        if not config.tie:
             init = nn.with_logical_partitioning(normal(config.std), ("embed", "vocab"))
             head = self.param("head", init, (config.dim, config.vocab), jnp.float32)
-            logits = x @ head.astype(dtype)
-        return widen(logits), {"position": end, "layers": layers}
+        # accumulated and kept in float32: rounded logits would cost the loss three digits
+        wide = jnp.promote_types(dtype, jnp.float32)
+        logits = jnp.matmul(x, head.astype(dtype), preferred_element_type=wide)
+        return logits, {"position": end, "layers": layers}
 
     def _stack(self, dtype) -> Stack:
         config = self.config

@@ -69,6 +69,7 @@ class Mixer(nn.Module):
             reset=ctx.reset,
             write=ctx.write,
             implementation=self.implementation,
+            differentiate=ctx.differentiate,
         )
         return self.outputs(y, x), {**new, "memory": memory}, ctx
 

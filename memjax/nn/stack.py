@@ -17,10 +17,10 @@ _SET_BY_MODEL = ("parent", "name", "dim", "inner", "std", "out_scale", "dtype")
 REMAT = ("none", "full")
 
 
-def mixer_options(name: str) -> dict[str, Any]:
-    """The options of a registered mixer with their defaults."""
+def mixer_options(name: str) -> dict[str, dataclasses.Field]:
+    """The options of a registered mixer, with their defaults and types."""
     fields = dataclasses.fields(registry.get(name).mixer)
-    return {f.name: f.default for f in fields if f.name not in _SET_BY_MODEL}
+    return {f.name: f for f in fields if f.name not in _SET_BY_MODEL}
 
 
 def mixer_names(text: str) -> list[str]:
