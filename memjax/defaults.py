@@ -96,7 +96,7 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
         mlp=0.0,
         norm="layer",
     )
-    settings.steps, settings.batch = 3000, 64
+    settings.batch = 64
     settings.optim.update(lr=3e-3, final=0.0, b2=0.999)
     settings.eval.update(every=500, batches=8)
     settings.checkpoint.every = 500
