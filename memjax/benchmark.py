@@ -1,18 +1,24 @@
 """Speed and memory of the cells' forms, each checked before it is timed.
 
-    python -m memjax.benchmark --cells=delta_net --length=4096 --out=benchmark.json
+    python -m memjax.benchmark --cells=delta_net --length=64,4096 --out=benchmark.json
 
-For every cell and form: milliseconds of the forward pass and of forward and backward (medians; the
-forms take turns, so that a busy machine slows all of them), microseconds of one decoding step per
-token of a batch row, seconds of compilation and peak temporary memory of forward and backward, and
-bytes of one sequence's state. A form whose values or gradients are further from `scan` than
-max(1e-5, 3 x scan's own distance from float64) is refused, on at most `GATE` tokens.
+For every cell, length and form: milliseconds of the forward pass and of forward and backward
+(medians; the forms take turns, so that a busy machine slows all of them), microseconds of one
+decoding step per token of a batch row, seconds of compilation, peak temporary memory and
+floating-point operations (see `memjax.cost`) of forward and backward, and bytes of one sequence's
+state. A form whose values or gradients are further from `scan` than max(1e-5, 3 x scan's own
+distance from float64) is refused, on at most `GATE` tokens.
+
+`--out` also draws the times against the length. `--peers` runs the same work in other libraries
+(`pip install -e '.[peers]'`). `--record` keeps the order of the forms for `implementation=None`.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -24,9 +30,11 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import memjax
-from memjax import cells, inputs
+from memjax import cells, cost, forms, inputs, peers
 from memjax.cell import FORMS, MemoryCell
 from memjax.config import UserError, exit_on_user_error, parse_flags, user_errors, write_text
 from memjax.registry import CellSpec
@@ -34,18 +42,22 @@ from memjax.typing import AXES, PyTree
 
 GATE = 256  # tokens on which a form is compared with scan
 STEPS = 20  # decoding steps in one timed call
+COLORS = [f"C{i}" for i in range(10)]
+STYLES = ("o--", "o-", "s:", "^-.")
 SHOWN = tuple(reversed(FORMS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """batch rows of length tokens; heads memories of dim x dim; window of sliding_window."""
+    """batch rows of length tokens; heads memories of dim x dim; window of sliding_window; chunk of
+    the chunked forms, 0 for the library's."""
 
     batch: int = 1
     length: int = 4096
     heads: int = 4
     dim: int = 64
     window: int = 256
+    chunk: int = 0
 
 
 def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
@@ -59,6 +71,8 @@ def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
         name: known[name].default for name in ("chunk", "block") if name in known
     }
     changes |= {name: shape.dim for name in AXES.values() if name in known}
+    if shape.chunk:
+        changes |= {name: shape.chunk for name in ("chunk", "block") if name in known}
     if "window" in known:
         unbounded = hasattr(spec.mixer, "capacity")
         changes["window"] = shape.length + STEPS if unbounded else shape.window
@@ -151,16 +165,26 @@ def check(spec: CellSpec, shape: Shape, forms: Sequence[str]) -> dict[str, float
     return found
 
 
+def check_peer(peer: peers.Peer, cell: MemoryCell, params: PyTree, xs: PyTree) -> float:
+    """Distance of a peer's answers from `scan`; UserError when it does other work."""
+    answers = jax.device_get(jax.jit(functools.partial(forward, cell, "scan"))(params, xs)[0])
+    (far,) = distances([peer.answers(jax.device_get(xs))], [answers])
+    if far > 1e-4:
+        raise UserError(f"{peer.name}: relative distance {far:.1e} from scan; it is not timed")
+    return far
+
+
 # ---------------------------------------------------------------- timing
 
 
-def compile_(function: Callable, *arguments) -> tuple[Callable, float, int | None]:
-    """(compiled function, seconds of compilation, bytes of temporary memory or None)."""
+def compile_(function: Callable, *arguments) -> tuple[Callable, float, int | None, int]:
+    """(compiled function, seconds of compilation, bytes of temporary memory, operations)."""
     begin = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - begin
     analysis = compiled.memory_analysis()
-    return compiled, seconds, getattr(analysis, "temp_size_in_bytes", None)
+    memory = getattr(analysis, "temp_size_in_bytes", None)
+    return compiled, seconds, memory, cost.flops(function, *arguments)
 
 
 def time_in_turns(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
@@ -182,10 +206,12 @@ def measure(
     repeats: int = 5,
     limit: float = math.inf,
     say: Callable[[str], None] = lambda text: None,
+    others: bool = False,
 ) -> list[dict[str, Any]]:
-    """One record for each form of one cell, `scan` first.
+    """One record for each form of one cell, `scan` first, then for each peer.
 
     limit: bytes of temporary memory; what needs more is not timed (None in the record).
+    others: whether peers take part.
 
     Raises:
       UserError: a form is wrong; see `check`.
@@ -201,25 +227,34 @@ def measure(
         compiled, sizes = compile_both(cell, form, params, xs)
         ready = {key: f for key, f in compiled.items() if (sizes[key][1] or 0) <= limit}
         calls |= {(form, key): function for key, function in ready.items()}
-        records[form] = {"cell": spec.name, "form": form, **dataclasses.asdict(shape)}
+        records[form] = {"cell": spec.name, "class": type(cell).__name__, "form": form}
+        records[form] |= dataclasses.asdict(shape)
         records[form] |= dict.fromkeys(("forward_ms", "both_ms", "decode_us"))
         records[form] |= {
             "distance_from_scan": distance[form],
             "compile_s": sizes["both_ms"][0],
             "peak_bytes": sizes["both_ms"][1],
             "forward_peak_bytes": sizes["forward_ms"][1],
+            "flops": sizes["both_ms"][2],
+            "forward_flops": sizes["forward_ms"][2],
             "state_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)),
         }
         skipped = "" if len(ready) == len(compiled) else "; too large to time, see --max_gib"
         say(f"{spec.name:<17} {form:<8} compiled in {sizes['both_ms'][0]:.1f} s{skipped}")
     calls |= decode_calls(cell, params, xs, serving)
+    for peer in peers.of(spec.name) if others else ():
+        records[peer.name] = dict.fromkeys(next(iter(records.values())))
+        records[peer.name] |= {"cell": spec.name, "form": peer.name, **dataclasses.asdict(shape)}
+        records[peer.name]["distance_from_scan"] = check_peer(peer, cell, params, xs)
+        for key, call in zip(("forward_ms", "both_ms"), peer.calls(xs), strict=True):
+            calls[peer.name, key] = call
     for (form, key), seconds in time_in_turns(calls, repeats).items():
         records[form][key] = seconds * (1e6 / STEPS / shape.batch if key == "decode_us" else 1e3)
     return with_ratios(list(records.values()))
 
 
 def compile_both(cell: MemoryCell, form: str, params: PyTree, xs: PyTree) -> tuple[dict, dict]:
-    """Calls of the forward pass and of forward and backward, and (seconds, bytes) of each."""
+    """Calls of the forward pass and of both passes, and (seconds, bytes, operations) of each."""
     ahead = functools.partial(forward, cell, form)
     cotangent = jnp.ones_like(jax.eval_shape(ahead, params, xs)[0])
     calls, sizes = {}, {}
@@ -271,12 +306,14 @@ RATIOS = {"forward_x": "forward_ms", "both_x": "both_ms", "peak_x": "peak_bytes"
 COLUMNS = (
     ("cell", "cell", "{}", 1),
     ("form", "form", "{}", 1),
+    ("tokens", "length", "{}", 1),
     ("forward ms", "forward_ms", "{:.2f}", 1),
     ("x scan", "forward_x", "{:.2f}", 1),
     ("fwd+bwd ms", "both_ms", "{:.2f}", 1),
     ("x scan", "both_x", "{:.2f}", 1),
     ("peak MiB", "peak_bytes", "{:.2f}", 2**20),
     ("x scan", "peak_x", "{:.2f}", 1),
+    ("GFLOP", "flops", "{:.3f}", 1e9),
     ("decode us", "decode_us", "{:.1f}", 1),
     ("compile s", "compile_s", "{:.2f}", 1),
     ("state KiB", "state_bytes", "{:.1f}", 2**10),
@@ -309,9 +346,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     shape, common = Shape(), dict[str, Any](flag_values=values)
     flags.DEFINE_list("cells", [], "names of cells; all when not given", **common)
     flags.DEFINE_list("forms", list(SHOWN), "forms to measure", **common)
+    flags.DEFINE_list("length", [str(shape.length)], "tokens in a sequence, one or more", **common)
+    flags.DEFINE_integer("chunk", 0, "of the chunked forms; 0: the library's", 0, **common)
     for field, text in (
         ("batch", "sequences"),
-        ("length", "tokens in a sequence"),
         ("heads", "memories of a layer"),
         ("dim", "key and value dimension of one memory"),
         ("window", "tokens that sliding_window sees"),
@@ -319,11 +357,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flags.DEFINE_integer(field, getattr(shape, field), text, lower_bound=1, **common)
     flags.DEFINE_integer("repeats", 5, "timed calls, median shown", lower_bound=1, **common)
     flags.DEFINE_float("max_gib", 4, "temporary memory that may be timed", 0, **common)
-    flags.DEFINE_string("out", "", "file for the figures as JSON", **common)
+    flags.DEFINE_string("out", "", "file for the figures, *.json; a PNG beside it", **common)
+    flags.DEFINE_bool("peers", False, "also run other libraries' forms", **common)
+    flags.DEFINE_bool(
+        "record", False, "keep the order of the forms for implementation=None", **common
+    )
 
 
-def chosen(given: flags.FlagValues, rest: Sequence[str]) -> tuple[Shape, list[str], list[str]]:
-    """(shape, names of cells, forms) of the flags; UserError for what does not exist."""
+def chosen(
+    given: flags.FlagValues, rest: Sequence[str]
+) -> tuple[list[Shape], list[str], list[str]]:
+    """(shapes, names of cells, forms) of the flags; UserError for what does not exist."""
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; see python -m memjax.benchmark --help")
     with user_errors("--cells"):
@@ -331,14 +375,41 @@ def chosen(given: flags.FlagValues, rest: Sequence[str]) -> tuple[Shape, list[st
     for form in given.forms:
         if form not in FORMS:
             raise UserError(f"--forms: no form {form!r}; allowed: {', '.join(SHOWN)}")
-    shape = Shape(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Shape)})
-    return shape, names, given.forms
+    if given.chunk & (given.chunk - 1):
+        raise UserError(f"--chunk={given.chunk}: expected a power of two, or 0")
+    if not all(text.isdigit() and int(text) for text in given.length):
+        shown = ",".join(given.length)
+        raise UserError(f"--length={shown}: expected numbers of tokens, such as 64,4096")
+    same = {f.name: getattr(given, f.name) for f in dataclasses.fields(Shape) if f.name != "length"}
+    return [Shape(length=int(text), **same) for text in given.length], names, given.forms
+
+
+def draw(records: Sequence[dict[str, Any]], path: str) -> None:
+    """Microseconds per token against the length, one line for each cell and form, as a PNG."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colors = dict(zip(dict.fromkeys(r["cell"] for r in records), itertools.cycle(COLORS)))
+    styles = dict(zip(dict.fromkeys(r["form"] for r in records), itertools.cycle(STYLES)))
+    titles = {"forward_ms": "forward", "both_ms": "forward and backward"}
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        for cell, form in dict.fromkeys((r["cell"], r["form"]) for r in records):
+            points = [
+                (r["length"], 1e3 * r[key] / r["batch"] / r["length"])
+                for r in records
+                if (r["cell"], r["form"]) == (cell, form) and r[key]
+            ]
+            label = f"{cell}, {form}"
+            ax.plot(*zip(*points, strict=True), styles[form], color=colors[cell], label=label)
+        ax.set(title=title, xlabel="tokens", xscale="log", yscale="log")
+    axes[0].set_ylabel("microseconds per token")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
-    shape, names, forms = chosen(given, argv)
+    shapes, names, wanted = chosen(given, argv)
     about = {
         "memjax": memjax.__version__,
         "jax": jax.__version__,
@@ -347,18 +418,32 @@ def main(argv: Sequence[str]) -> None:
         "machine": platform.machine(),
         "repeats": given.repeats,
     }
-    sizes = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(shape).items())
-    print(f"{sizes}, float32, {about['device']}, jax {jax.__version__}")
+    sizes = dataclasses.asdict(shapes[0]).items()
+    told = ", ".join(f"{name} {size}" for name, size in sizes if name != "length" and size)
+    print(f"{told}, float32, {about['device']}, jax {jax.__version__}")
     say, limit = functools.partial(print, file=sys.stderr, flush=True), given.max_gib * 2**30
     records = [
         record
         for name in names
-        for record in measure(cells.get(name), shape, forms, given.repeats, limit, say)
+        for shape in shapes
+        for record in measure(
+            cells.get(name), shape, wanted, given.repeats, limit, say, given.peers
+        )
     ]
+    if not records:
+        raise UserError(
+            f"--forms={','.join(wanted)}: none of these cells has such a form here: "
+            f"{', '.join(names)}; leave --forms out to see those they have"
+        )
     print(table(records))
     if given.out:
         with user_errors(f"--out={given.out}", OSError):
             write_text(given.out, json.dumps({**about, "records": records}, indent=2) + "\n")
+            draw(records, os.path.splitext(given.out)[0] + ".png")
+    if given.record:
+        ours = [record for record in records if record["form"] in FORMS]
+        kept = forms.updated(forms.table(), about["platform"], ours)
+        write_text(str(forms.PATH), json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from memjax import forms
 from memjax.recurrence import accumulator_dtype, memories, per_head, promote, scan_tokens
 from memjax.typing import AXES, Array, Bool, DTypeLike, PRNGKeyArray, PyTree, fields
 
@@ -59,9 +60,12 @@ class MemoryCell:
         return self.read(params, state, x), state
 
     def preferred(self, length: int, differentiate: bool) -> tuple[str, ...]:
-        """The forms to try, fastest first, for `length` tokens when the caller does not choose."""
-        del differentiate
-        return ("scan",) if length == 1 else ("chunked", "scan")
+        """The forms to try for `length` tokens when the caller does not choose: those measured on
+        this platform, fastest first (see `memjax.forms`), then the others."""
+        platform, kind = jax.default_backend(), type(self).__name__
+        measured = forms.fastest(platform, kind, length, differentiate)
+        others = ("scan", "chunked") if length == 1 else ("chunked", "scan")
+        return tuple(dict.fromkeys((*measured, *others)))
 
     def fresh(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         """The initial state of one memory for accumulators of `dtype` (float32 or float64)."""

@@ -81,12 +81,10 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
     """A config for a recall task on a CPU: [BaseConv, cell], one head of width 64, no MLP, no
     positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora et al.
     2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only."""
-    if cell in ("attention", "sliding_window"):
-        options: dict[str, Any] = {"heads": 1, "rotary_base": 0.0}
-        if cell == "sliding_window":
-            options["window"] = 16  # a quarter of the sequence
-    else:
-        options = {"heads": 1, "convolution": 0, "norm": "layer", "gate": "none"}
+    plain = {"heads": 1, "rotary_base": 0.0, "convolution": 0, "norm": "layer", "gate": "none"}
+    options = {name: value for name, value in plain.items() if name in mixer_options(cell)}
+    if cell == "sliding_window":
+        options["window"] = 16  # a quarter of the sequence
     settings = config(
         data,
         layers=((("base_conv", cell), 1),),

@@ -1,5 +1,6 @@
 """Random inputs for any cell, drawn from its fields: for tests and benchmarks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,21 @@ def draw(
     length: int,
     heads: int,
     queries: int = 1,
+    draw_leaf: Callable[..., np.ndarray] | None = None,
 ) -> Any:
     """Independent inputs of `cell`, float32 leaves [batch, length, heads, ...].
 
     queries: G, the queries that share one memory, where the cell has that axis.
+    draw_leaf: draws instead of `draw_field`.
     """
-    leaves = {}
-    for name, field in fields(cell.inputs).items():
-        axes = field_shape(field, cell, queries)
-        leaves[name] = draw_field(field, rng, (batch, length, heads, *axes)).astype(np.float32)
-    return cell.inputs(**leaves)
+    leaves: dict[str, np.ndarray] = {}
+    for name, field in sorted(fields(cell.inputs).items(), key=lambda item: item[1].of):
+        shape = batch, length, heads, *field_shape(field, cell, queries)
+        if field.of:
+            leaves[name] = draw_field(field, rng, shape) * leaves[field.of]
+        else:
+            leaves[name] = (draw_leaf or draw_field)(field, rng, shape)
+    return cell.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
 
 
 def field_shape(field: Field, cell: MemoryCell, queries: int = 1) -> tuple[int, ...]:
@@ -34,7 +40,8 @@ def field_shape(field: Field, cell: MemoryCell, queries: int = 1) -> tuple[int, 
 
 def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """One leaf in float64. value: normal; query, key: uniform on the unit sphere; log_decay:
-    -softplus(z - 1); rate: low + (high - low) sigmoid(z), with z normal."""
+    -softplus(z - 1); rate, and the rates of a multiple: low + (high - low) sigmoid(z), with z
+    normal."""
     normal = rng.normal(size=shape)
     if field.kind == "value":
         return normal
@@ -42,8 +49,8 @@ def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -
         return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
     if field.kind == "log_decay":
         return -np.logaddexp(0, normal - 1)
-    if field.kind == "rate":
+    if field.kind in ("rate", "multiple"):
         return field.low + (field.high - field.low) / (1 + np.exp(-normal))
     raise ValueError(
-        f"field kind {field.kind!r}: allowed are query, key, value, log_decay and rate"
+        f"field kind {field.kind!r}: allowed are query, key, value, log_decay, rate and multiple"
     )

@@ -5,6 +5,7 @@ T  tokens in a sequence            V  value dimension of one memory
 H  memories ("heads") of a layer   G  queries that share one memory (grouped-query attention)
 N  chunks of a sequence            C  tokens in a chunk
 D  width of the model              W  slots of a window
+M  micro-steps of a token
 
 `h` in a leaf of a cell's inputs is a number of heads that divides H (see `memjax.run`).
 A trailing `...` stands for the axes of one token of one head. Decays are natural logarithms, <= 0.
@@ -33,7 +34,8 @@ __all__ = [
     "fields",
 ]
 
-AXES = {"K": "key_dim", "V": "value_dim"}  # letter -> attribute of the cell; others are free
+# Letter -> attribute of the cell; other letters are free.
+AXES = {"K": "key_dim", "V": "value_dim", "M": "steps"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +48,16 @@ class Field:
     `memjax.run` checks the shape; tests and benchmarks draw their inputs from the rest.
 
     shape: the axes of one token of one head, in letters of the legend ("K", "V", "G K", "").
-    kind: "query" (unit norm), "key" (unit norm), "value" (normal), "log_decay" (<= 0) or "rate".
-    low, high: the closed range of a rate; unused for the other kinds.
+    kind: "query" (unit norm), "key" (unit norm), "value" (normal), "log_decay" (<= 0), "rate", or
+    "multiple", another leaf times a rate per channel.
+    low, high: the closed range of the rate. of: the leaf that a multiple is of.
     """
 
     shape: str
     kind: str
     low: float = 0.0
     high: float = 1.0
+    of: str = ""
 
 
 @functools.cache

@@ -49,15 +49,21 @@ class Given(NamedTuple):
 
 
 def cases(variants: bool = True) -> list[Case]:
-    """Every registered cell, and its variants when asked for, with small chunks."""
-    found = []
-    for name in memjax.cells.names():
-        spec = memjax.cells.get(name)
+    """Every registered cell, and its variants when asked for, with small chunks.
+
+    A cell that stands behind several names is there once, under that of its own file.
+    """
+    found: dict[MemoryCell, Case] = {}
+    specs = [memjax.cells.get(name) for name in memjax.cells.names()]
+    for spec in sorted(specs, key=lambda s: type(s.cell()).__module__ != s.mixer.__module__):
+        name = spec.name
         makers = {name: spec.cell}
         if variants:
             makers |= {f"{name}-{variant}": make for variant, make in spec.variants.items()}
-        found += [small(Case(label, spec, make())) for label, make in makers.items()]
-    return found
+        for label, make in makers.items():
+            case = small(Case(label, spec, make()))
+            found.setdefault(case.cell, case)
+    return list(found.values())
 
 
 def small(case: Case, size: int = 8) -> Case:
@@ -102,15 +108,12 @@ def draw(case: Case, rng, length: int, heads: int = HEADS, scenario: str = "rand
     random: independent. correlated: keys at cosine 0.9. equal: one key for all tokens, rates at
     the upper end. gates: decays and rates at their limits among ordinary ones.
     """
-    xs = inputs.draw(case.cell, rng, BATCH, length, heads, QUERIES)
-    leaves = {
-        name: _leaf(case.fields[name], rng, leaf, scenario) for name, leaf in xs._asdict().items()
-    }
-    return case.cell.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
+    leaf = partial(_leaf, scenario)
+    return inputs.draw(case.cell, rng, BATCH, length, heads, QUERIES, leaf)
 
 
-def _leaf(field: Field, rng, ordinary: np.ndarray, scenario: str) -> np.ndarray:
-    shape = ordinary.shape
+def _leaf(scenario: str, field: Field, rng, shape: tuple[int, ...]) -> np.ndarray:
+    ordinary = inputs.draw_field(field, rng, shape)
     if field.kind == "key" and scenario in ("correlated", "equal"):
         common = inputs.draw_field(field, rng, (1, 1, *shape[2:]))
         mixed = common + (1 / 3 if scenario == "correlated" else 0) * ordinary

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from memjax import benchmark, cells, inputs
+from memjax import benchmark, cells, forms, inputs, peers
 from memjax.benchmark import Shape
+from memjax.cell import FORMS
 from memjax.cells.delta_net import DeltaNet
 from memjax.config import parse_flags
 from memjax.errors import UserError, exit_on_user_error
@@ -89,7 +90,7 @@ def test_records():
     scan, chunked = records
     assert [scan["form"], chunked["form"]] == ["scan", "chunked"] and len(said) == 2
     for record in records:
-        for key in ("forward_ms", "both_ms", "decode_us", "compile_s", "peak_bytes"):
+        for key in ("forward_ms", "both_ms", "decode_us", "compile_s", "peak_bytes", "flops"):
             assert record[key] > 0, key
         assert record["state_bytes"] == 2 * 4 * 4 * 4
         assert record["both_x"] == scan["both_ms"] / record["both_ms"]
@@ -107,6 +108,56 @@ def test_what_is_too_large_is_not_timed():
     assert " - " in benchmark.table(records)
 
 
+def test_peers_that_are_not_installed_are_one_message(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (peer,) = peers.of("gated_delta_net")
+    _, _, xs = benchmark.problem(cells.get("gated_delta_net"), TINY)
+    with pytest.raises(UserError, match=r"--peers needs torch.*pip install -e '.\[peers\]'"):
+        peer.answers(xs)
+
+
+@pytest.mark.parametrize("name", sorted({peer.cell for peer in peers.PEERS}))
+def test_peers_do_the_same_work(name):
+    pytest.importorskip("torch", reason="needs torch: pip install -e '.[peers]'")
+    pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[peers]'")
+    records = benchmark.measure(cells.get(name), TINY, repeats=1, others=True)
+    found = {record["form"]: record for record in records}
+    for peer in peers.of(name):
+        assert found[peer.name]["distance_from_scan"] <= 1e-5 and found[peer.name]["both_ms"] > 0
+
+
+def row(form, length, forward, both, kind="DeltaNet"):
+    return {"class": kind, "form": form, "length": length, "forward_ms": forward, "both_ms": both}
+
+
+def test_measurements_decide_which_form_runs(monkeypatch):
+    records = [row("scan", 64, 1, 9), row("chunked", 64, 2, 3)]
+    records += [row("scan", 4096, 5, None), row("chunked", 4096, 4, 7)]
+    old = {"cpu": {"Other": 1, "DeltaNet": 2}, "tpu": 3}
+    table = forms.updated(old, "cpu", records)
+    assert table["tpu"] == 3 and table["cpu"]["Other"] == 1
+    monkeypatch.setattr(forms, "table", lambda: table)
+    assert forms.fastest("cpu", "DeltaNet", 1, False) == ("scan", "chunked")
+    assert forms.fastest("cpu", "DeltaNet", 500, False) == ("scan", "chunked")
+    assert forms.fastest("cpu", "DeltaNet", 600, False) == ("chunked", "scan")
+    assert forms.fastest("cpu", "DeltaNet", 9, True) == ("chunked", "scan")
+    assert forms.fastest("cpu", "DeltaNet", 9999, True) == ("chunked",)
+    assert forms.fastest("cpu", "Unmeasured", 9, True) == ()
+    cell = DeltaNet(8, 6)
+    assert cell.preferred(9, False) == ("scan", "chunked")
+    assert cell.preferred(9999, True) == ("chunked", "scan")
+
+
+def test_the_kept_measurements_name_cells_and_forms():
+    kinds = {type(cells.get(name).cell()).__name__ for name in cells.names()}
+    for by_kind in forms.table().values():
+        assert set(by_kind) <= kinds
+        for directions in by_kind.values():
+            assert set(directions) <= set(forms.DIRECTIONS)
+            for length, order in (row for rows in directions.values() for row in rows):
+                assert length > 0 and order and set(order) <= set(FORMS)
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "memjax.benchmark", *arguments],
@@ -119,22 +170,31 @@ def command(*arguments):
 def test_command(tmp_path):
     out = tmp_path / "figures.json"
     done = command(
-        "--cells=linear_attention", "--length=5", "--heads=1", "--dim=2", "--repeats=1",
+        "--cells=linear_attention", "--length=5,1", "--heads=1", "--dim=2", "--repeats=1",
         f"--out={out}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("linear_attention") == 2
+    assert done.stderr.count("linear_attention") == 4
     figures = json.loads(out.read_text(encoding="utf-8"))
-    assert [r["form"] for r in figures["records"]] == ["scan", "chunked"]
-    assert figures["records"][0]["length"] == 5 and figures["platform"] == "cpu"
+    found = [(r["length"], r["form"]) for r in figures["records"]]
+    assert found == [(5, "scan"), (5, "chunked"), (1, "scan"), (1, "chunked")]
+    assert figures["platform"] == "cpu"
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert done.stdout.splitlines()[1].split()[:2] == ["cell", "form"]
+
+
+def test_no_form_at_all_is_one_message():
+    done = command("--cells=delta_net", "--forms=pallas", "--length=5")
+    assert done.returncode == 2 and done.stdout.count("\n") == 1
+    assert "--forms=pallas: none of these cells has such a form here: delta_net" in done.stderr
 
 
 # flags, and what the message says
 MISTAKES = {
     "--cells=delta_nte": "Did you mean 'delta_net'?",
     "--forms=chunkd": "--forms: no form 'chunkd'; allowed: scan, chunked, pallas",
-    "--length=0": "--length",
+    "--length=64,0": "--length=64,0: expected numbers of tokens",
+    "--chunk=12": "--chunk=12: expected a power of two",
     "--dim=many": "many",
     "--lenght=5": "length",
     "extra": "'extra' is no flag",

@@ -76,10 +76,10 @@ class WeightedMixer(Mixer):
         return Weighted()
 
     def inputs(self, x, state, ctx):
-        return Vectors(jnp.broadcast_to(x[:, :, None, :3], (*x.shape[:2], self.heads, 3))), {}
+        return Vectors(jnp.broadcast_to(x[:, :, None, :3], (*x.shape[:2], self.heads, 3))), x, {}
 
-    def outputs(self, y, x):
-        return x + y.mean((2, 3))[..., None]
+    def outputs(self, y, kept):
+        return kept + y.mean((2, 3))[..., None]
 
 
 def test_a_memorys_own_weights_have_axes():

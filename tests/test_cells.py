@@ -10,9 +10,18 @@ import pytest
 import memjax
 from memjax.cells.attention import Attention, SlidingWindow
 from memjax.cells.attention import Inputs as AttentionInputs
+from memjax.cells.comba import Comba
+from memjax.cells.comba import Inputs as CombaInputs
 from memjax.cells.delta_net import DeltaNet
 from memjax.cells.delta_net import Inputs as DeltaInputs
+from memjax.cells.delta_product import DeltaProduct
+from memjax.cells.delta_product import Inputs as ProductInputs
+from memjax.cells.dplr import DPLR
+from memjax.cells.dplr import Inputs as LowRankInputs
 from memjax.cells.gated_delta_net import GatedDeltaNet
+from memjax.cells.gated_delta_net import Inputs as GatedInputs
+from memjax.cells.gla import GLA
+from memjax.cells.kda import KDA
 from memjax.cells.linear_attention import Inputs as LinearInputs
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import Inputs as DecayInputs
@@ -92,6 +101,84 @@ def test_simple_gla_of_a_constant_decay_is_retention(form):
     decay = np.tril(0.9 ** np.maximum(time[:, None] - time, 0))
     scores = np.einsum("bthk,bshk->bhts", *np.float64((xs.q, xs.k))) * decay
     assert contract.distance(y, np.einsum("bhts,bshv->bthv", scores, np.float64(xs.v))) < 1e-5
+
+
+PER_CHANNEL = {KDA: (GatedDeltaNet, GatedInputs), GLA: (SimpleGLA, DecayInputs)}
+
+
+@FORMS
+@pytest.mark.parametrize("kind", PER_CHANNEL)
+def test_the_same_decay_in_all_channels_is_one_decay(form, kind):
+    given = problem(kind)
+    plain, inputs = PER_CHANNEL[kind]
+    g = given.xs.g[..., :1]
+    same = given.xs._replace(g=np.broadcast_to(g, given.xs.g.shape))
+    scalar = inputs(**{**same._asdict(), "g": g[..., 0]})
+    out = outputs(kind(8, 6, chunk=8), form, given._replace(xs=same))
+    assert_near(out, outputs(plain(8, 6, chunk=8), form, given._replace(xs=scalar)))
+
+
+@FORMS
+@pytest.mark.parametrize("kind", [KDA, GatedDeltaNet])
+def test_delta_rules_are_diagonal_plus_low_rank(form, kind):
+    """a = -exp(g) k, because they erase from the decayed state, and b = beta k."""
+    given = problem(kind)
+    q, k, v, beta, g = given.xs
+    g = g if kind is KDA else np.broadcast_to(g[..., None], k.shape)
+    beta = beta[..., None]
+    low_rank = given._replace(xs=LowRankInputs(q, k, beta * v, -np.exp(g) * k, beta * k, g))
+    assert_near(
+        outputs(DPLR(8, 6, chunk=8), form, low_rank), outputs(kind(8, 6, chunk=8), form, given)
+    )
+
+
+@FORMS
+def test_comba_with_the_decayed_key_is_gated_delta_net(form):
+    given = problem(GatedDeltaNet)
+    xs = CombaInputs(*given.xs, p=np.exp(given.xs.g)[..., None] * given.xs.k)
+    comba = outputs(Comba(8, 6, chunk=8), form, given._replace(xs=xs))
+    assert_near(comba, outputs(GatedDeltaNet(8, 6, chunk=8), form, given))
+
+
+@FORMS
+def test_comba_without_feedback_is_simple_gla(form):
+    given = problem(Comba)
+    q, k, v, beta, g, p = given.xs
+    open_loop = given._replace(xs=given.xs._replace(p=0 * p))
+    plain = given._replace(xs=DecayInputs(q, k, beta[..., None] * v, g))
+    assert_near(
+        outputs(Comba(8, 6, chunk=8), form, open_loop),
+        outputs(SimpleGLA(8, 6, chunk=8), form, plain),
+    )
+
+
+def micro_steps(given, count):
+    """Gated DeltaNet's inputs with `count` micro-steps to a token."""
+
+    def gather(leaf):
+        return np.moveaxis(leaf.reshape(contract.BATCH, -1, count, *leaf.shape[2:]), 2, 3)
+
+    xs = given.xs
+    return ProductInputs(
+        xs.q[:, count - 1 :: count],
+        *(gather(leaf) for leaf in (xs.k, xs.v, xs.beta)),
+        xs.g[:, ::count],
+    )
+
+
+@FORMS
+@pytest.mark.parametrize("count", [1, 3])
+def test_delta_product_is_the_interleaved_delta_rule(form, count):
+    """It decays at a token's first micro-step and is asked at the last."""
+    case = case_of(GatedDeltaNet(8, 6, chunk=8))
+    given = contract.problem(case, 0, 13 * count, masks=False)
+    first = np.arange(13 * count) % count == 0
+    given = given._replace(xs=given.xs._replace(g=given.xs.g * first[:, None]))
+    y, state = contract.values(case.cell, form, given)
+    product = given._replace(xs=micro_steps(given, count))
+    found, new = contract.values(DeltaProduct(8, 6, steps=count, chunk=8), form, product)
+    assert contract.distance(found, y[:, count - 1 :: count]) < 1e-5
+    assert contract.distance(new, state) < 1e-5
 
 
 @FORMS
@@ -178,6 +265,25 @@ def test_normalised_linear_attention_is_its_quadratic_form(form):
     assert contract.distance(y, np.einsum("bhts,bshv->bthv", weights, v)) < 1e-5
 
 
+@FORMS
+@pytest.mark.parametrize("size", [1e-4, 1.0])
+def test_taylor_features_are_a_polynomial_kernel(form, size):
+    """Weights 1 + s + s^2 / 2; small keys give the mean of the values."""
+    cell = LinearAttention(3, 6, feature_map="taylor", normalise=True, chunk=8)
+    given = contract.problem(case_of(cell), 0, LENGTH, state=False, masks=False)
+    given = given._replace(xs=given.xs._replace(k=np.float32(size) * given.xs.k))
+    q, k, v = (np.float64(leaf) for leaf in given.xs)
+    s = np.einsum("bthk,bshk->bhts", q, k) * 3**-0.5
+    weights = (1 + s + s * s / 2) * np.tri(LENGTH)
+    weights /= weights.sum(-1, keepdims=True)
+    y, state = contract.values(cell, form, given)
+    assert state.shape[2:] == (1 + 3 + 9, 7)
+    assert contract.distance(y, np.einsum("bhts,bshv->bthv", weights, v)) < 1e-5
+    if size < 1e-3:
+        count = np.arange(1, LENGTH + 1)[:, None, None]
+        assert contract.distance(y, np.cumsum(v, axis=1) / count) < 1e-3
+
+
 # The delta rule.
 
 
@@ -234,7 +340,7 @@ def test_strength_two_is_a_reflection(form):
 
 
 @FORMS
-@pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet])
+@pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet, KDA])
 def test_delta_rule_is_a_contraction(form, kind):
     """||S_t|| <= ||S_{t-1}|| + beta ||v|| for unit keys, over a long run of correlated keys."""
     cell = kind(8, 6, chunk=8)
@@ -243,6 +349,44 @@ def test_delta_rule_is_a_contraction(form, kind):
     added = (given.xs.beta * np.linalg.norm(given.xs.v, axis=-1)).sum(axis=1)
     norm = np.linalg.norm(state, axis=(-2, -1))
     assert (norm <= np.linalg.norm(np.float64(given.state), axis=(-2, -1)) + added).all()
+
+
+@FORMS
+def test_two_reflections_a_token_compose_permutations(form):
+    """S_3 exactly: a transposition is the reflection at e_i - e_j, a 3-cycle two of them."""
+    rng = np.random.default_rng(0)
+    swaps = {(i, j): np.eye(3)[i] - np.eye(3)[j] for i, j in ((0, 1), (0, 2), (1, 2))}
+    pairs = [list(swaps.values())[i] for i in rng.integers(0, 3, 64)]
+    k = np.stack(pairs).reshape(32, 2, 3) / np.sqrt(2)
+    beta = 2.0 * (rng.random((32, 2)) < 0.7)  # a micro-step of strength 0 does nothing
+    expected = np.eye(3)
+    for key, strength in zip(k.reshape(-1, 3), beta.reshape(-1), strict=True):
+        expected = expected - strength * np.outer(key, key @ expected)
+    lead = lambda a: np.asarray(a, np.float32)[None, :, None]  # noqa: E731
+    zeros = np.zeros((32, 2, 3))
+    xs = ProductInputs(lead(k[:, 0]), lead(k), lead(zeros), lead(beta), lead(np.zeros(32)))
+    state = np.eye(3, dtype=np.float32)[None, None]
+    cell = DeltaProduct(3, 3, steps=2, chunk=8)
+    found = memory_after(cell, form, contract.Given({}, xs, state=state))[0, 0]
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.array_equal(np.sort(np.round(expected), axis=0)[-1], np.ones(3))  # a permutation
+
+
+@FORMS
+@pytest.mark.parametrize("top", [1.0, 2.0])
+def test_parity_needs_a_strength_above_one(form, top):
+    """One value is stored, then each 1 of the input reflects it: its sign is the parity. With
+    strengths up to 1 the first 1 erases it for good."""
+    bits = np.random.default_rng(0).integers(0, 2, 64)
+    k = np.ones((65, 1))
+    v = np.concatenate([np.ones((1, 1)), np.zeros((64, 1))])
+    given = delta_inputs(k, v, 1.0)
+    beta = np.concatenate([[1.0], top * bits]).astype(np.float32)[None, :, None]
+    given = given._replace(xs=given.xs._replace(beta=beta))
+    y, _ = contract.values(DeltaNet(1, 1, scale=1.0, chunk=8), form, given)
+    parity = (-1.0) ** np.cumsum(bits)
+    expected = parity if top == 2 else np.cumsum(bits) == 0
+    assert np.abs(y[0, 1:, 0, 0] - expected).max() < 1e-5
 
 
 # Symmetries of the family.
@@ -260,6 +404,24 @@ def test_rotated_keys_and_queries_read_the_same(form, kind):
     turned, new = contract.values(cell, form, given._replace(xs=xs, state=rotation @ given.state))
     assert contract.distance(turned, y) < 1e-5
     assert contract.distance(new, rotation @ state) < 1e-5
+
+
+@FORMS
+@pytest.mark.parametrize("kind", [GLA, KDA])
+def test_decays_per_channel_follow_their_channels(form, kind):
+    """Permuted channels read the same; rotated ones do not."""
+    given, cell = problem(kind), kind(8, 6, chunk=8)
+    y, _ = contract.values(cell, form, given)
+    order = np.random.default_rng(2).permutation(8)
+    rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(8, 8)))
+
+    def turned(matrix, **changes):
+        xs = given.xs._replace(q=given.xs.q @ matrix.T, k=given.xs.k @ matrix.T, **changes)
+        return contract.values(cell, form, given._replace(xs=xs, state=matrix @ given.state))[0]
+
+    permutation = np.eye(8, dtype=np.float32)[order]
+    assert contract.distance(turned(permutation, g=given.xs.g[..., order]), y) < 1e-5
+    assert contract.distance(turned(rotation.astype(np.float32)), y) > 0.01
 
 
 @FORMS

@@ -16,17 +16,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TREES = ("memjax", "pallas_kernels", "configs", "experiments")  # what the rule is about
 
-CORE = ("memjax.typing", "memjax.registry", "memjax.recurrence", "memjax.cell")
+CORE = (
+    "memjax.typing",
+    "memjax.registry",
+    "memjax.recurrence",
+    "memjax.forms",
+    "memjax.cell",
+)
 SHELL = ("memjax.nn",)
 HELPERS = (
     "memjax.checkpoint",
     "memjax.config",
     "memjax.config_text",
+    "memjax.cost",
     "memjax.errors",
     "memjax.defaults",
     "memjax.inputs",
     "memjax.metrics",
     "memjax.optim",
+    "memjax.peers",
     "memjax.profile",
     "memjax.progress",
     "memjax.sharding",
@@ -70,6 +78,7 @@ LAYERS = {
     "memjax.typing": Layer(packages=JAX),
     "memjax.registry": Layer(ours=CORE, packages=JAX),
     "memjax.recurrence": Layer(ours=CORE, packages=JAX),
+    "memjax.forms": Layer(),
     "memjax.cell": Layer(ours=CORE, packages=JAX),
     "memjax.cells": Layer(
         ours=(*CORE, "memjax.nn.layers", "memjax.nn.mixer"),

@@ -103,12 +103,6 @@ class MatrixMemory(MemoryCell):
         """The answer to S^T q."""
         return self.answer(dot("k,kv->v", self.terms(x).q, state))
 
-    def preferred(self, length: int, differentiate: bool) -> tuple[str, ...]:
-        """On CPU the forward pass alone is faster token by token (`python -m memjax.benchmark`)."""
-        if not differentiate and jax.default_backend() == "cpu":
-            return ("scan",)
-        return super().preferred(length, differentiate)
-
     @per_head
     def chunked(self, params, state, xs, reset, write):
         """The chunk form of the module's docstring."""

@@ -241,9 +241,9 @@ class SlidingWindowMixer(Mixer):
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.rotary_base:
             q, k = (rotary(a, ctx.position, self.rotary_base) for a in (q, k))
-        return Inputs(q, k, v), {}
+        return Inputs(q, k, v), None, {}
 
-    def outputs(self, y, x):
+    def outputs(self, y, kept):
         return self.output(y)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.cells._matrix import MatrixMemory, dot
-from memjax.nn.layers import Dense, l2_normalise, widen
+from memjax.nn.layers import Dense, widen
 from memjax.nn.mixer import ProjectionMixer
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field
@@ -53,18 +53,22 @@ class DeltaNetMixer(ProjectionMixer):
     def make_cell(self):
         return DeltaNet(*self.sizes())
 
+    def strengths(self) -> tuple[int, ...]:
+        """The axes of beta of one token."""
+        return (self.memories,)
+
     def setup(self):
         super().setup()
         if not 0 < self.beta_max <= 2:
             raise ValueError(f"beta_max must lie in (0, 2]; given {self.beta_max}")
-        self.write_strength = Dense((self.heads,), ("heads",), std=self.std, dtype=self.dtype)
+        shape = self.strengths()
+        axes = ("heads", *(None,) * (len(shape) - 1))
+        self.write_strength = Dense(shape, axes, std=self.std, dtype=self.dtype)
 
     def inputs(self, x, state, ctx):
-        q, k, v, state = self.project(x, state, ctx)
-        if not self.convolution:
-            q, k = jax.nn.silu(q), jax.nn.silu(k)
+        q, k, v, state = self.project_unit(x, state, ctx)
         beta = self.beta_max * jax.nn.sigmoid(widen(self.write_strength(x)))
-        return Inputs(l2_normalise(q), l2_normalise(k), v, beta), state
+        return Inputs(q, k, v, beta), x, state
 
 
 register(

@@ -52,11 +52,11 @@ class GatedDeltaNetMixer(DeltaNetMixer):
 
     def setup(self):
         super().setup()
-        self.log_decay = LogDecay(self.heads, std=self.std, low=0.0)
+        self.log_decay = LogDecay(self.memories, std=self.std, low=0.0)
 
     def inputs(self, x, state, ctx):
-        xs, state = super().inputs(x, state, ctx)
-        return Inputs(**xs._asdict(), g=self.log_decay(x)), state
+        xs, kept, state = super().inputs(x, state, ctx)
+        return Inputs(**xs._asdict(), g=self.log_decay(x)), kept, state
 
 
 register(

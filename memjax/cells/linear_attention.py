@@ -20,10 +20,23 @@ from memjax.nn.mixer import ProjectionMixer
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field, Float
 
+
+def taylor(x: Float[Array, "... K"]) -> Float[Array, "... F"]:
+    """phi with phi(q) . phi(k) = 1 + s + s^2 / 2, s = q . k / sqrt(K); F = 1 + K + K^2.
+
+    The second-order Taylor map of exp (Arora et al. 2024, arXiv 2402.18668, Based).
+    """
+    size = x.shape[-1]
+    square = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], size * size)
+    parts = jnp.ones_like(x[..., :1]), x * size**-0.25, square * (2 * size) ** -0.5
+    return jnp.concatenate(parts, axis=-1)
+
+
 FEATURE_MAPS = {
     "identity": lambda x: x,
     "elu_plus_one": lambda x: jax.nn.elu(x) + 1,
     "silu_l2": lambda x: l2_normalise(jax.nn.silu(x)),
+    "taylor": taylor,
 }
 
 
@@ -37,9 +50,10 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttention(MatrixMemory):
-    """State S [K, V]; with `normalise` [K, V + 1], whose last column is the normaliser z.
+    """State S [F, V], F features of K; with `normalise` [F, V + 1], the last column being z.
 
-    feature_map: phi, "identity", "elu_plus_one" or "silu_l2" (SiLU, then unit L2 norm).
+    feature_map: phi, "identity", "elu_plus_one", "silu_l2" (SiLU, then unit L2 norm) or "taylor"
+    (1 + K + K^2 features, the others K; its scale is inside, None is 1).
     normalise: divide the read-out by phi(q) . z, the sum of its weights; `scale` is not used.
     """
 
@@ -54,8 +68,9 @@ class LinearAttention(MatrixMemory):
             allowed = ", ".join(FEATURE_MAPS)
             raise ValueError(f"feature_map {self.feature_map!r}: allowed are {allowed}")
 
-    def init_state(self, params) -> Float[Array, "K V"]:
-        return jnp.zeros((self.key_dim, self.value_dim + self.normalise), jnp.float32)
+    def init_state(self, params) -> Float[Array, "F V"]:
+        features = FEATURE_MAPS[self.feature_map](jnp.zeros((self.key_dim,)))
+        return jnp.zeros((features.size, self.value_dim + self.normalise), jnp.float32)
 
     def write(self, params, state, x):
         x = self.terms(x)
@@ -70,7 +85,7 @@ class LinearAttention(MatrixMemory):
 
     def answer(self, y):
         if not self.normalise:
-            return super().answer(y)
+            return y if self.feature_map == "taylor" and self.scale is None else super().answer(y)
         return y[..., :-1] / (y[..., -1:] + 1e-10)
 
 
@@ -91,7 +106,7 @@ class LinearAttentionMixer(ProjectionMixer):
 
     def inputs(self, x, state, ctx):
         q, k, v, state = self.project(x, state, ctx)
-        return Inputs(q, k, v), state
+        return Inputs(q, k, v), x, state
 
 
 register(
@@ -101,6 +116,7 @@ register(
         variants={
             "elu": lambda: LinearAttention(8, 6, feature_map="elu_plus_one", normalise=True),
             "silu_l2": lambda: LinearAttention(8, 6, feature_map="silu_l2"),
+            "taylor": lambda: LinearAttention(3, 6, feature_map="taylor", normalise=True),
         },
         mixer=LinearAttentionMixer,
         paper="Katharopoulos et al. 2020, arXiv 2006.16236",

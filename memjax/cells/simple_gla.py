@@ -11,11 +11,10 @@ The mixer's decay is Mamba-2's; unit-norm q and k are our choice.
 import dataclasses
 from typing import Annotated, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from memjax.cells._matrix import MatrixMemory
-from memjax.nn.layers import LogDecay, l2_normalise
+from memjax.nn.layers import LogDecay
 from memjax.nn.mixer import ProjectionMixer
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field
@@ -50,13 +49,11 @@ class SimpleGLAMixer(ProjectionMixer):
 
     def setup(self):
         super().setup()
-        self.log_decay = LogDecay(self.heads, std=self.std, low=1.0)
+        self.log_decay = LogDecay(self.memories, std=self.std, low=1.0)
 
     def inputs(self, x, state, ctx):
-        q, k, v, state = self.project(x, state, ctx)
-        if not self.convolution:
-            q, k = jax.nn.silu(q), jax.nn.silu(k)
-        return Inputs(l2_normalise(q), l2_normalise(k), v, self.log_decay(x)), state
+        q, k, v, state = self.project_unit(x, state, ctx)
+        return Inputs(q, k, v, self.log_decay(x)), x, state
 
 
 register(

@@ -50,6 +50,7 @@ class Data:
       queries: scored positions of every row, or None where rows differ (text).
       bytes_per_token: bytes that a scored target stands for, so that bits per byte are
         nats per scored target / ln 2 / bytes_per_token; None where targets are no text.
+      heldout: names of the held-out files in the order of `evaluation`; () for tasks.
       decode: tokens to str, or None where tokens are no text.
       baselines: computes reference figures by name: bits per byte of the held-out files for text,
         the query accuracy of a guess among all values (`chance`) for tasks.
@@ -63,6 +64,7 @@ class Data:
     length: int
     queries: int | None
     bytes_per_token: float | None
+    heldout: tuple[str, ...]
     decode: Callable[..., str] | None
     baselines: Callable[[], dict[str, float]]
     fingerprint: dict[str, Any]
@@ -141,6 +143,7 @@ def _text(settings, batch, seed, shard, order):
         length=length,
         queries=None,
         bytes_per_token=1.0,
+        heldout=heldout.names,
         decode=tokens.decode,
         baselines=functools.partial(baselines.baselines, train.texts, heldout.texts),
         fingerprint=fingerprint,
@@ -161,6 +164,7 @@ def _task(name, settings, batch, seed, shard, order):
         length=settings["length"],
         queries=source.queries,
         bytes_per_token=None,
+        heldout=(),
         decode=None,
         baselines=lambda: {"chance": 1 / values},
         fingerprint=_fingerprint(source=name, **facts, packing="none", workers=0, **order),

@@ -72,8 +72,8 @@ class Dense(nn.Module):
     """
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    inner: tuple[str, ...] = ("embed",)
+    axes: tuple[str | None, ...]
+    inner: tuple[str | None, ...] = ("embed",)
     std: float = 0.02
     bias: bool = False
     dtype: DTypeLike = jnp.float32
@@ -92,6 +92,23 @@ class Dense(nn.Module):
         return y
 
 
+class LowRank(nn.Module):
+    """y = W_2 W_1 x (+ b), the product of rank `rank`; shape and axes as in `Dense`."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    rank: int
+    std: float = 0.02
+    bias: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
+        sizes = dict(std=self.std, dtype=self.dtype)
+        x = Dense((self.rank,), (None,), name="first", **sizes)(x)
+        return Dense(self.shape, self.axes, (None,), bias=self.bias, name="second", **sizes)(x)
+
+
 class Norm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32.
 
@@ -99,7 +116,7 @@ class Norm(nn.Module):
     """
 
     kind: str = "rms"
-    axes: tuple[str, ...] = ("embed",)
+    axes: tuple[str | None, ...] = ("embed",)
     epsilon: float = 1e-5
 
     @nn.compact
@@ -173,18 +190,34 @@ def decay_parameters(low: float, high: float = 16.0) -> tuple[Callable, Callable
 
 
 class LogDecay(nn.Module):
-    """g = -exp(A_log) softplus(W x + dt_bias): one log decay <= 0 per head, in float32."""
+    """g = -exp(A_log) softplus(W x + dt_bias): log decays <= 0, in float32.
+
+    One for each head; with `channels` one for each of its key channels, where A_log stays one per
+    head and W has rank `rank`. low: of A's distribution.
+    """
 
     heads: int
     std: float = 0.02
     low: float = 0.0
+    channels: int = 0
+    rank: int = 0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
-        a_log_init, dt_bias_init = (
-            nn.with_logical_partitioning(init, ("heads",)) for init in decay_parameters(self.low)
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H *K"]:
+        shape: tuple[int, ...] = (self.heads,)
+        axes: tuple[str, ...] = ("heads",)
+        a_log_init, dt_bias_init = decay_parameters(self.low)
+        a_log = self.param(
+            "A_log", nn.with_logical_partitioning(a_log_init, axes), shape, jnp.float32
         )
-        a_log = self.param("A_log", a_log_init, (self.heads,), jnp.float32)
-        dt_bias = self.param("dt_bias", dt_bias_init, (self.heads,), jnp.float32)
-        dt = Dense((self.heads,), ("heads",), std=self.std, dtype=x.dtype, name="dt")(x)
+        sizes = dict(std=self.std, dtype=x.dtype, name="dt")
+        if self.channels:
+            shape, axes = (*shape, self.channels), (*axes, "head_dim")
+            a_log = a_log[:, None]
+            dt = LowRank(shape, axes, rank=self.rank, **sizes)(x)
+        else:
+            dt = Dense(shape, axes, **sizes)(x)
+        dt_bias = self.param(
+            "dt_bias", nn.with_logical_partitioning(dt_bias_init, axes), shape, jnp.float32
+        )
         return -jnp.exp(a_log) * jax.nn.softplus(widen(dt) + dt_bias)

@@ -1,11 +1,14 @@
 """Token mixers: a memory cell between two halves, `inputs` and `outputs`."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memjax.cell import MemoryCell, run
-from memjax.nn.layers import Context, Dense, Norm, ShortConvolution
+from memjax.nn.layers import Context, Dense, LowRank, Norm, ShortConvolution, l2_normalise
 from memjax.typing import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
 GATES = {"none": None, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -37,7 +40,7 @@ class Mixer(nn.Module):
     def setup(self):
         """Makes the cell and its weights; a subclass calls it before it makes its own layers."""
         self.cell = self.make_cell()
-        weights = jax.eval_shape(lambda: self.cell.init_params(jax.random.key(0), self.heads))
+        weights = jax.eval_shape(lambda: self.cell.init_params(jax.random.key(0), self.memories))
         self.memory = {}
         if jax.tree.leaves(weights):
             self.memory = self.param("memory", self._init_memory)
@@ -46,21 +49,28 @@ class Mixer(nn.Module):
         def name_axes(leaf):
             return nn.LogicallyPartitioned(leaf, ("heads", *(None,) * (leaf.ndim - 1)))
 
-        return jax.tree.map(name_axes, self.cell.init_params(key, self.heads))
+        return jax.tree.map(name_axes, self.cell.init_params(key, self.memories))
 
-    def inputs(self, x: Float[Array, "B T D"], state: dict, ctx: Context) -> tuple[PyTree, dict]:
-        """The cell's inputs, leaves [B, T, h, ...], and this half's new state."""
+    @property
+    def memories(self) -> int:
+        """H, the number of memories."""
+        return self.heads
+
+    def inputs(
+        self, x: Float[Array, "B T D"], state: dict, ctx: Context
+    ) -> tuple[PyTree, PyTree, dict]:
+        """The cell's inputs, leaves [B, T, h, ...]; what `outputs` needs of them; the new state."""
         raise NotImplementedError(f"{type(self).__name__} must define inputs")
 
-    def outputs(self, y: Array, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the layer gives, from the memory's answers y [B, T, H, ...] and its own input."""
+    def outputs(self, y: Array, kept: PyTree) -> Float[Array, "B T D"]:
+        """What the layer gives, from the memory's answers y [B, T, H, ...] and what was kept."""
         raise NotImplementedError(f"{type(self).__name__} must define outputs")
 
     def __call__(
         self, x: Float[Array, "B T D"], state: dict | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], dict, Context]:
         state = {} if state is None else state
-        xs, new = self.inputs(x, state, ctx)
+        xs, kept, new = self.inputs(x, state, ctx)
         y, memory = run(
             self.cell,
             self.memory,
@@ -71,7 +81,22 @@ class Mixer(nn.Module):
             implementation=self.implementation,
             differentiate=ctx.differentiate,
         )
-        return self.outputs(y, x), {**new, "memory": memory}, ctx
+        return self.outputs(y, kept), {**new, "memory": memory}, ctx
+
+
+def convolve(
+    convolution: ShortConvolution,
+    parts: Sequence[Float[Array, "B T ..."]],
+    state: dict,
+    ctx: Context,
+) -> tuple[tuple[Float[Array, "B T ..."], ...], dict]:
+    """One short convolution over the channels of all parts, and its entry of the new state."""
+    flat = [part.reshape(*part.shape[:2], -1) for part in parts]
+    joined, tail = convolution(jnp.concatenate(flat, axis=-1), state.get("convolution"), ctx)
+    borders = np.cumsum([part.shape[-1] for part in flat])[:-1]
+    split = jnp.split(joined, borders, axis=-1)
+    shaped = (a.reshape(part.shape) for a, part in zip(split, parts, strict=True))
+    return tuple(shaped), {"convolution": tail}
 
 
 class ProjectionMixer(Mixer):
@@ -80,65 +105,89 @@ class ProjectionMixer(Mixer):
     q, k, v = SiLU(convolution(W x)), bias-free; the answers are normalised per head, gated by
     gate(W_g x) and projected back (Yang et al. 2024, arXiv 2406.06484, Sec. 3.4).
 
-    key_dim, value_dim: per head; None for dim / heads. convolution: width of the short
-    convolution, 0 for none. norm: "rms", "layer" or "none", over V. gate: "silu", "sigmoid" or
-    "none".
+    value_heads: H, a multiple of `heads`, which counts queries and keys: the heads of a group
+    share them and have values, gates and memories of their own; None for as many.
+    key_dim, value_dim: per head; None for dim / heads and dim / H. convolution: width of the
+    short convolution, 0 for none. norm: "rms", "layer" or "none", over V. gate: "silu",
+    "sigmoid" or "none". gate_rank: "full", or "value" for W_g = W_2 W_1 + b of rank V.
     """
 
+    value_heads: int | None = None
     key_dim: int | None = None
     value_dim: int | None = None
     convolution: int = 4
     norm: str = "rms"
     gate: str = "none"
+    gate_rank: str = "full"
+
+    @property
+    def memories(self) -> int:
+        return self.value_heads or self.heads
 
     def sizes(self) -> tuple[int, int]:
         """K and V of one head; ValueError when dim does not divide into heads."""
-        if None in (self.key_dim, self.value_dim) and self.dim % self.heads:
+        if self.memories % self.heads:
             raise ValueError(
-                f"{type(self).__name__}: dim {self.dim} does not divide into {self.heads} heads; "
-                "change heads, or set key_dim and value_dim"
+                f"{type(self).__name__}: value_heads {self.value_heads} must be a multiple of "
+                f"heads {self.heads}"
             )
-        each = self.dim // self.heads
-        return self.key_dim or each, self.value_dim or each
+        if None in (self.key_dim, self.value_dim) and self.dim % self.memories:
+            raise ValueError(
+                f"{type(self).__name__}: dim {self.dim} does not divide into {self.memories} "
+                "heads; change heads, or set key_dim and value_dim"
+            )
+        return self.key_dim or self.dim // self.heads, self.value_dim or self.dim // self.memories
+
+    def projections(self) -> tuple[tuple[int, ...], ...]:
+        """The axes of q, k and v of one token."""
+        key, value = self.sizes()
+        return (self.heads, key), (self.heads, key), (self.memories, value)
 
     def setup(self):
         super().setup()
-        if self.gate not in GATES:
-            raise ValueError(f"gate {self.gate!r}: allowed are {', '.join(GATES)}")
-        key, value = self.sizes()
+        for name, allowed in (("gate", tuple(GATES)), ("gate_rank", ("full", "value"))):
+            if getattr(self, name) not in allowed:
+                given = getattr(self, name)
+                raise ValueError(f"{name} {given!r}: allowed are {', '.join(allowed)}")
         axes, sizes = ("heads", "head_dim"), dict(std=self.std, dtype=self.dtype)
-        self.query = Dense((self.heads, key), axes, **sizes)
-        self.key = Dense((self.heads, key), axes, **sizes)
-        self.value = Dense((self.heads, value), axes, **sizes)
+
+        def dense(shape):
+            return Dense(shape, ("heads", *(None,) * (len(shape) - 2), "head_dim"), **sizes)
+
+        self.query, self.key, self.value = (dense(shape) for shape in self.projections())
         if self.convolution:
             self.short_convolution = ShortConvolution(self.convolution, dtype=self.dtype)
         if self.norm != "none":
             self.output_norm = Norm(self.norm, ("head_dim",))
-        if self.gate != "none":
-            self.output_gate = Dense((self.heads, value), axes, **sizes)
+        value = self.memories, self.sizes()[1]
+        if self.gate != "none" and self.gate_rank == "value":
+            self.output_gate = LowRank(value, axes, rank=value[1], bias=True, **sizes)
+        elif self.gate != "none":
+            self.output_gate = Dense(value, axes, **sizes)
         self.output = Dense(
             (self.dim,), ("embed",), axes, std=self.std * self.out_scale, dtype=self.dtype
         )
 
     def project(self, x: Float[Array, "B T D"], state: dict, ctx: Context):
-        """q, k [B, T, H, K] and v [B, T, H, V] behind the convolution, and its new state."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if not self.convolution:
-            return q, k, v, {}
-        flat = [a.reshape(*a.shape[:2], -1) for a in (q, k, v)]
-        joined, tail = self.short_convolution(
-            jnp.concatenate(flat, axis=-1), state.get("convolution"), ctx
-        )
-        splits = [flat[0].shape[-1], flat[0].shape[-1] + flat[1].shape[-1]]
-        parts = jnp.split(joined, splits, axis=-1)
-        q, k, v = (part.reshape(a.shape) for part, a in zip(parts, (q, k, v), strict=True))
-        return q, k, v, {"convolution": tail}
+        """q, k, v [B, T, ...] behind the convolution, and its new state."""
+        new: dict = {}
+        projected: tuple = self.query(x), self.key(x), self.value(x)
+        if self.convolution:
+            projected, new = convolve(self.short_convolution, projected, state, ctx)
+        return *projected, new
 
-    def outputs(self, y: Float[Array, "B T H V"], x: Float[Array, "B T D"]):
-        """W_o (norm(y) * gate(W_g x))."""
+    def project_unit(self, x: Float[Array, "B T D"], state: dict, ctx: Context):
+        """The same with q and k of unit norm, behind a SiLU also where there is no convolution."""
+        q, k, v, state = self.project(x, state, ctx)
+        if not self.convolution:
+            q, k = jax.nn.silu(q), jax.nn.silu(k)
+        return l2_normalise(q), l2_normalise(k), v, state
+
+    def outputs(self, y: Float[Array, "B T H V"], kept: Float[Array, "B T D"]):
+        """W_o (norm(y) * gate(W_g x)), x kept."""
         if self.norm != "none":
             y = self.output_norm(y)
         activation = GATES[self.gate]
         if activation is not None:
-            y = y * activation(self.output_gate(x))
+            y = y * activation(self.output_gate(kept))
         return self.output(y)

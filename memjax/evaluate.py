@@ -1,0 +1,237 @@
+"""Held-out figures of a checkpoint, taken apart, as a table, JSON and a plot.
+
+    python -m memjax.evaluate --workdir=runs/quickstart
+    python -m memjax.evaluate --workdir=runs/quickstart --length=1024
+
+Text: bits per byte by the number of tokens that the model has seen of the document, and by file. A
+longer row than in training shows whether the memory holds on. Tasks: accuracy by the distance
+between a query and what it asks for, by row, and by whatever else the task marks.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from memjax import config, data, generate, metrics, train_step
+from memjax.nn.lm import LanguageModel, capacity
+from memjax.typing import PyTree
+
+SHOWN = 10  # files in the table, hardest first
+
+Scored = dict[str, np.ndarray]
+
+
+def score_rows(model: LanguageModel, params: PyTree, source: data.Data, limit: int | None):
+    """Yields batches of `source.evaluation(limit)` with nats and correct [B, T] beside them."""
+    score = jax.jit(functools.partial(train_step.score, model, queries=None, differentiate=False))
+    for batch in source.evaluation(limit):
+        scores = jax.device_get(score(params, batch))
+        yield {**batch, "nats": scores.nats, "correct": scores.correct}
+
+
+def of_text(batches: Iterator[Scored], names: Sequence[str], bytes_per_token: float) -> dict:
+    """Bits per byte of all held-out text, by context and by file.
+
+    batches: every batch of the held-out stream, in order. names: of its documents.
+    """
+    sums = {key: np.zeros(64) for key in ("nats", "count")}
+    files = {key: np.zeros(len(names)) for key in ("nats", "count")}
+    document = -1  # of the token in front of the next row
+    for batch in batches:
+        seen = _context(batch["reset"])
+        index = document + np.cumsum(batch["reset"].ravel()).reshape(seen.shape)
+        document = index[-1, -1]
+        mask = batch["mask"]
+        values = {"nats": batch["nats"][mask].astype(np.float64), "count": np.ones(mask.sum())}
+        octave = np.floor(np.log2(seen[mask])).astype(int)
+        for key, value in values.items():
+            np.add.at(sums[key], octave, value)
+            np.add.at(files[key], index[mask], value)
+    unit = math.log(2) * bytes_per_token
+    return {
+        "bits_per_byte": sums["nats"].sum() / sums["count"].sum() / unit,
+        "by_context": [
+            {
+                "from": 2**i,
+                "to": 2 ** (i + 1) - 1,
+                "bits_per_byte": sums["nats"][i] / count / unit,
+                "tokens": int(count),
+            }
+            for i, count in enumerate(sums["count"])
+            if count
+        ],
+        "by_file": [
+            {"name": name, "bits_per_byte": nats / count / unit, "tokens": int(count)}
+            for name, nats, count in zip(names, files["nats"], files["count"], strict=True)
+            if count
+        ],
+    }
+
+
+def _context(reset: np.ndarray) -> np.ndarray:
+    """How many tokens of its document, itself included, the model has seen at each of [B, T]."""
+    position = np.arange(reset.shape[1])
+    start = np.maximum.accumulate(np.where(reset, position, 0), axis=1)
+    return position - start + 1
+
+
+def of_task(batches: Iterator[Scored]) -> dict:
+    """Accuracy per query, per row, by distance and by every group of positions that is marked."""
+    correct, distance, rows = [], [], []
+    groups: dict[str, list] = {}
+    for batch in batches:
+        mask = batch["mask"]
+        used = mask.any(axis=1)
+        rows.append((batch["correct"] | ~mask).all(axis=1)[used])
+        correct.append(batch["correct"][mask])
+        distance.append(batch["distance"][mask])
+        for name, marked in batch.items():
+            if marked.dtype == bool and name not in ("mask", "reset", "correct"):
+                groups.setdefault(name, []).append(marked[mask])
+    right, far = np.concatenate(correct), np.concatenate(distance)
+    values, place = np.unique(far, return_inverse=True)
+    count = np.bincount(place)
+    found = {
+        "query_accuracy": right.mean(),
+        "sequence_accuracy": np.concatenate(rows).mean(),
+        "by_distance": [
+            {"distance": int(d), "query_accuracy": hits / n, "queries": int(n)}
+            for d, hits, n in zip(values, np.bincount(place, right), count, strict=True)
+        ],
+    }
+    for name, marks in groups.items():
+        marked = np.concatenate(marks)
+        found["by_" + name] = [
+            {name: bool(side), "query_accuracy": right[marked == side].mean(), "queries": int(n)}
+            for side in (True, False)
+            if (n := (marked == side).sum())
+        ]
+    return found
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures as text: each group's rows under its name, files hardest first."""
+    lines = [
+        f"{name:<18} {value:.4f}" for name, value in found.items() if not isinstance(value, list)
+    ]
+    for name, rows in found.items():
+        if not isinstance(rows, list):
+            continue
+        lines += ["", name.replace("_", " ")]
+        if name == "by_file":
+            rows = sorted(rows, key=lambda row: -row["bits_per_byte"])
+            lines[-1] += f" (the {SHOWN} hardest of {len(rows)})" if len(rows) > SHOWN else ""
+        for row in rows[: SHOWN if name == "by_file" else None]:
+            *label, value, count = row.values()
+            shown = " - ".join(str(part) for part in label)
+            lines.append(f"  {shown:<32} {value:8.4f}  {count:>9,}")
+    return "\n".join(lines)
+
+
+def draw(found: Mapping[str, Any], path: str, title: str) -> None:
+    """A PNG: bits per byte by context and over the files, or accuracy by distance."""
+    figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
+    if "by_context" in found:
+        left, right = figure.subplots(1, 2, sharey=True)
+        rows = found["by_context"]
+        left.plot([r["from"] for r in rows], [r["bits_per_byte"] for r in rows], "o-")
+        left.set(xlabel="tokens of the document seen", ylabel="bits per byte")
+        left.set_xscale("log", base=2)
+        files = found["by_file"]
+        right.scatter([f["tokens"] for f in files], [f["bits_per_byte"] for f in files], s=12)
+        right.set(xscale="log", xlabel="bytes of the file")
+        for axes in (left, right):
+            axes.axhline(found["bits_per_byte"], color="0.6", linewidth=1)
+    else:
+        axes = figure.subplots()
+        rows = found["by_distance"]
+        axes.plot([r["distance"] for r in rows], [r["query_accuracy"] for r in rows], "o-")
+        axes.axhline(found["query_accuracy"], color="0.6", linewidth=1)
+        axes.set(ylim=(-0.02, 1.02), xlabel="tokens since the answer", ylabel="query accuracy")
+    figure.suptitle(title)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def evaluate(
+    workdir: str, step: int | None = None, length: int = 0, batches: int = 0
+) -> dict[str, Any]:
+    """The figures of a run's checkpoint, by default its latest, on its own held-out data.
+
+    length: tokens of a row of text; 0 for that of training. batches: at most so many, 0 for all.
+
+    Raises:
+      UserError: no such run or checkpoint, other data than the run's, or rows that the model's
+        attention cannot hold.
+    """
+    step, model, params, meta = generate.load(workdir, step)
+    settings = dict(meta["config"]["data"])
+    if length and settings["name"] != "text":
+        raise config.UserError(f"--length={length}: only the rows of text can be longer")
+    limit = capacity(model.config)
+    if limit is not None and length > limit:
+        raise config.UserError(f"--length={length}: the model's attention holds {limit} tokens")
+    if length:
+        settings["length"] = length
+    with config.user_errors("data"):
+        source = data.make(settings, batch=meta["config"]["batch"], seed=meta["config"]["seed"])
+    for fact in ("source", "files", "content", "holdout"):
+        trained, now = meta["data"].get(fact), source.fingerprint.get(fact)
+        if trained != now:
+            raise config.UserError(
+                f"{workdir} was trained on data whose {fact} is {trained}, here it is {now}; "
+                "held-out files may have been seen in training, so evaluate on the same data"
+            )
+    scored = score_rows(model, params, source, batches or None)
+    if source.bytes_per_token is None:
+        found = of_task(scored)
+    else:
+        if batches:
+            raise config.UserError("--batches is for tasks; text is evaluated as a whole")
+        found = of_text(scored, source.heldout, source.bytes_per_token)
+    return {"workdir": workdir, "step": step, "length": source.length, **found}
+
+
+def define_flags() -> None:
+    """The command's flags; made when it runs, so that other programs may import this module."""
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    flags.DEFINE_integer("step", None, "checkpoint to use; the latest when not given")
+    flags.DEFINE_integer("length", 0, "tokens of a row of text; 0: as in training", lower_bound=0)
+    flags.DEFINE_integer("batches", 0, "of a task's examples; 0: all", lower_bound=0)
+    flags.DEFINE_string("out", "", "file for the figures, a PNG beside it; in the workdir if empty")
+
+
+@config.exit_on_user_error
+def main(argv: Sequence[str]) -> None:
+    if argv[1:]:
+        raise config.UserError(f"{argv[1]!r} is no flag; flags begin with --")
+    logging.set_verbosity(logging.ERROR)  # orbax tells a lot
+    given = flags.FLAGS
+    found = evaluate(given.workdir, given.step, given.length, given.batches)
+    about = {key: found.pop(key) for key in ("workdir", "step", "length")}
+    title = f"{about['workdir']}, step {about['step']}, rows of {about['length']} tokens"
+    print(f"{title}\n\n{table(found)}\n")
+    out = given.out or os.path.join(given.workdir, "evaluation.json")
+    picture = os.path.splitext(out)[0] + ".png"
+    with config.user_errors(f"--out={out}", OSError):
+        metrics.write_json(out, {**about, **found})
+        draw(found, picture, title)
+    print(f"figures: {out}\nplot:    {picture}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=functools.partial(config.parse_flags, config=False))

@@ -1,0 +1,172 @@
+"""Held-out figures taken apart: against the training run's own, and against plain loops."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import tiny_runs as runs
+from absl import flags
+
+from memjax import config, evaluate, metrics, train
+from memjax.errors import UserError
+
+compiled_once = runs.compiled_once
+LN2 = math.log(2)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return runs.trained(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def recall(tmp_path_factory):
+    """A finished run on forgetting MQAR."""
+    folder = tmp_path_factory.mktemp("recall") / "run"
+    settings = {**runs.TASK, "data.length": 32, "data.updates": 1, "model.vocab": 64}
+    settings["data.vocab"] = 64
+    source = f"{runs.ROOT}/configs/forgetting_mqar.py:delta_net"
+    train.train(runs.load(source, settings), str(folder))
+    return str(folder)
+
+
+def test_text_adds_up_to_the_figure_of_training(workdir):
+    found = evaluate.evaluate(workdir)
+    expected = json.load(open(f"{workdir}/summary.json"))["bits_per_byte"]
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    for group in ("by_context", "by_file"):
+        tokens = np.array([row["tokens"] for row in found[group]])
+        bits = np.array([row["bits_per_byte"] for row in found[group]])
+        assert np.average(bits, weights=tokens) == pytest.approx(expected, rel=1e-5)
+    sizes = {name: len(text.encode()) for name, text in runs.PAGES.items()}
+    assert {row["name"]: row["tokens"] for row in found["by_file"]}.items() <= sizes.items()
+    assert len(found["by_file"]) > 1
+    assert [(r["from"], r["to"]) for r in found["by_context"]][:3] == [(1, 1), (2, 3), (4, 7)]
+
+
+def test_longer_rows_show_more_context(workdir):
+    found = evaluate.evaluate(workdir, length=64)
+    assert found["length"] == 64
+    assert max(row["from"] for row in found["by_context"]) == 64
+
+
+def test_context_and_files_are_counted_across_rows():
+    """Two documents of 3 and 4 bytes in rows of 5, against a loop over the stream."""
+    reset = np.array([[1, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
+    mask = np.array([[1, 1, 1, 0, 1], [1, 1, 1, 0, 0]], bool)
+    nats = np.arange(10.0).reshape(2, 5)
+    found = evaluate.of_text(iter([{"reset": reset, "mask": mask, "nats": nats}]), ["a", "b"], 1.0)
+    assert found["by_file"] == [
+        {"name": "a", "bits_per_byte": pytest.approx(1 / LN2), "tokens": 3},
+        {"name": "b", "bits_per_byte": pytest.approx((4 + 5 + 6 + 7) / 4 / LN2), "tokens": 4},
+    ]
+    by_context = {
+        row["from"]: (row["bits_per_byte"] * LN2, row["tokens"]) for row in found["by_context"]
+    }
+    assert by_context[1] == (pytest.approx((0 + 4 + 5) / 3), 3)  # a row begins without a past
+    assert by_context[2] == (pytest.approx((1 + 2 + 6 + 7) / 4), 4)
+
+
+def test_task_by_distance_and_by_group(recall):
+    found = evaluate.evaluate(recall)
+    expected = json.load(open(f"{recall}/summary.json"))
+    assert found["query_accuracy"] == pytest.approx(expected["query_accuracy"])
+    assert found["sequence_accuracy"] == pytest.approx(expected["sequence_accuracy"])
+    assert sum(row["queries"] for row in found["by_distance"]) == 8 * 2
+    assert [row["rebound"] for row in found["by_rebound"]] == [True, False]
+    assert found["by_rebound"][0]["query_accuracy"] == pytest.approx(
+        expected["query_accuracy/rebound"]
+    )
+
+
+def test_task_against_a_loop():
+    rng = np.random.default_rng(0)
+    mask = rng.random((6, 9)) < 0.5
+    mask[2] = False  # a row that fills up the last batch
+    batch = {
+        "mask": mask,
+        "correct": mask & (rng.random((6, 9)) < 0.6),
+        "distance": rng.integers(1, 4, (6, 9)) * mask,
+        "inputs": np.zeros((6, 9), int),
+    }
+    parts = [{k: v[:4] for k, v in batch.items()}, {k: v[4:] for k, v in batch.items()}]
+    found = evaluate.of_task(iter(parts))
+    assert found["query_accuracy"] == pytest.approx(batch["correct"].sum() / mask.sum())
+    rows = [batch["correct"][i][mask[i]].all() for i in range(6) if i != 2]
+    assert found["sequence_accuracy"] == pytest.approx(np.mean(rows))
+    for row in found["by_distance"]:
+        chosen = mask & (batch["distance"] == row["distance"])
+        assert row["queries"] == chosen.sum()
+        assert row["query_accuracy"] == pytest.approx(batch["correct"][chosen].mean())
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command: (exit code, stdout, stderr)."""
+    before = set(flags.FLAGS)
+    evaluate.define_flags()
+
+    def run(*args):
+        capsys.readouterr()
+        try:
+            code = evaluate.main(config.parse_flags(["evaluate", *args], config=False)) or 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    yield run
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+def test_the_command_writes_a_table_figures_and_a_plot(command, workdir, recall, tmp_path):
+    for run in (workdir, recall):
+        out = tmp_path / "figures.json"
+        code, shown, err = command(f"--workdir={run}", f"--out={out}")
+        assert code == 0 and err == "", err
+        figures = json.loads(out.read_text(encoding="utf-8"))
+        assert figures["step"] == 12
+        assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+        key = "bits_per_byte" if run == workdir else "query_accuracy"
+        assert f"{figures[key]:.4f}" in shown and str(out) in shown
+
+
+def test_other_data_is_refused(command, workdir, tmp_path):
+    page = f"{workdir}/../pages/a.txt"
+    shutil.copy(page, tmp_path / "a.txt")
+    try:
+        with open(page, "a", encoding="utf-8") as file:
+            file.write("more")
+        code, _, err = command(f"--workdir={workdir}")
+    finally:
+        shutil.copy(tmp_path / "a.txt", page)
+    assert code == 2 and "whose content is" in err and "evaluate on the same data" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--workdir=/nowhere/run"], "/nowhere/run"),
+        (["--workdir={workdir}", "--step=7"], "7"),
+        (["--workdir={recall}", "--length=9"], "only the rows of text can be longer"),
+        (["--workdir={workdir}", "--batches=2"], "--batches is for tasks"),
+        (["--workdir={workdir}", "--length=-1"], "--length"),
+        (["--workdir={workdir}", "now"], "'now' is no flag"),
+        (["--workdir={workdir}", "--out=/nowhere/x.json"], "/nowhere/x.json"),
+    ],
+)
+def test_mistakes_are_one_message(command, workdir, recall, args, message):
+    code, _, err = command(*(arg.format(workdir=workdir, recall=recall) for arg in args))
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_rows_that_the_attention_cannot_hold_are_refused(tmp_path):
+    settings = runs.text(tmp_path, steps=4)
+    source = f"{runs.ROOT}/configs/text.py:attention,layers=1"
+    run = str(tmp_path / "run")
+    train.train(runs.load(source, settings), run)
+    with pytest.raises(UserError, match=r"--length=99999: the model's attention holds \d+ tokens"):
+        evaluate.evaluate(run, length=99999)
+    assert metrics.read_records(f"{run}/metrics.jsonl")

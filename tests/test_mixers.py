@@ -1,0 +1,145 @@
+"""The papers' parametrisations: what single mixers hand to their cells, and groups of heads."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import distance
+
+from memjax import registry
+from memjax.nn.layers import Context
+
+B, T, D = 2, 13, 16
+
+
+def build(name, seed=0, **options):
+    """(module, its parameters with weights large enough that each matters, x, context)."""
+    module = registry.get(name).mixer(dim=D, std=0.3, **options)
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+    ctx = Context(None, None, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    params = nn.unbox(jax.jit(lambda: module.init(jax.random.key(seed), x, None, ctx))())
+    return module, params["params"], x, ctx
+
+
+def inputs_of(module, params, x, ctx):
+    """The cell's inputs, of a sequence from its start."""
+    return module.apply({"params": params}, x, {}, ctx, method="inputs")[0]
+
+
+def test_retnet_fades_at_the_papers_rates():
+    xs = inputs_of(*build("retnet", heads=4))
+    rates = np.broadcast_to([0.96875, 0.984375, 0.9921875, 0.99609375], (B, T, 4))
+    assert distance(np.exp(xs.g), rates) < 1e-6
+
+
+def test_kda_decays_each_channel_and_gla_forgets_slowly_at_the_start():
+    g = np.asarray(inputs_of(*build("kda", heads=2)).g)
+    assert g.shape == (B, T, 2, 8) and (g <= 0).all()
+    assert (g.std(axis=-1) > 0).all()
+    module, params, x, ctx = build("gla", heads=2)
+    xs = inputs_of(module, params, x, ctx)
+    assert xs.k.shape == (B, T, 2, 4) and xs.v.shape == (B, T, 2, 8)
+    small = jax.tree.map(lambda a: a / 1e3, params["decay"])
+    g = inputs_of(module, {**params, "decay": small}, x, ctx).g
+    assert distance(np.exp(g), np.full(g.shape, 0.5 ** (1 / 16))) < 1e-3
+
+
+def test_comba_reads_with_a_weaker_key_and_corrects_the_query():
+    module, params, x, ctx = build("comba", heads=2)
+    xs = inputs_of(module, params, x, ctx)
+    plain = inputs_of(module, {**params, "correction": jnp.zeros(2)}, x, ctx)
+    assert distance(xs.p, np.float64(xs.k) / (1 + np.exp(-1))) < 1e-6
+    assert distance(xs.q, np.float64(plain.q) - xs.p) < 1e-6
+    assert distance(np.linalg.norm(plain.q, axis=-1), np.ones((B, T, 2))) < 1e-5
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def test_mamba2_is_its_papers_layer():
+    """The whole layer as a float64 loop over tokens, in the letters of arXiv 2405.21060."""
+    module, params, x, ctx = build("mamba2", heads=4, groups=2, state_dim=5)
+    y, state, _ = jax.jit(module.apply)({"params": params}, x, None, ctx)
+    w = jax.tree.map(np.float64, params)
+    u, width = np.float64(x), 2 * D // 4
+    z, values, k, q = (
+        np.einsum("btd,dhn->bthn", u, w[name]["kernel"])
+        for name in ("gate", "values", "key", "query")
+    )
+    dt = softplus(u @ w["step"]["kernel"] + w["dt_bias"])
+    flat = np.concatenate([a.reshape(B, T, -1) for a in (values, k, q)], axis=-1)
+    padded = np.concatenate([np.zeros((B, 3, flat.shape[-1])), flat], axis=1)
+    kernel = w["short_convolution"]["kernel"]
+    flat = silu(
+        sum(padded[:, 3 - i : 3 - i + T] * kernel[i] for i in range(4))
+        + w["short_convolution"]["bias"]
+    )
+    xc = flat[..., : 2 * D].reshape(B, T, 4, width)
+    b, c = (
+        np.repeat(a.reshape(B, T, 2, 5), 2, axis=2)
+        for a in (flat[..., 2 * D : 2 * D + 10], flat[..., 2 * D + 10 :])
+    )
+    h, answers = np.zeros((B, 4, 5, width)), []
+    for t in range(T):
+        decay = np.exp(-np.exp(w["A_log"]) * dt[:, t])
+        h = decay[..., None, None] * h
+        h = h + np.einsum("bhn,bhp->bhnp", b[:, t], dt[:, t, :, None] * xc[:, t])
+        answers.append(np.einsum("bhnp,bhn->bhp", h, c[:, t]) + w["D"][:, None] * xc[:, t])
+    gated = (np.stack(answers, axis=1) * silu(z)).reshape(B, T, 2, -1)
+    gated = gated / np.sqrt(np.mean(gated**2, axis=-1, keepdims=True) + 1e-5)
+    gated = gated * w["output_norm"]["scale"]
+    expected = np.einsum("bthp,hpd->btd", gated.reshape(xc.shape), w["output"]["kernel"])
+    assert distance(y, expected) < 1e-5
+    assert distance(state["memory"], h) < 1e-5
+    assert inputs_of(module, params, x, ctx).k.shape == (B, T, 2, 5)  # not repeated
+
+
+GROUPED = ("linear_attention", "simple_gla", "delta_net", "gated_delta_net", "kda", "comba")
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_value_heads_share_queries_and_keys(name):
+    """Two value heads to each key equal as many heads whose q and k weights are the same."""
+    options = dict(heads=2, key_dim=4, value_dim=6, convolution=0)
+    module, params, x, ctx = build(name, value_heads=4, **options)
+    xs = inputs_of(module, params, x, ctx)
+    assert xs.k.shape[2] == xs.q.shape[2] == 2 and xs.v.shape[2] == 4
+    y, state, _ = module.apply({"params": params}, x, None, ctx)
+    assert jax.tree.leaves(state["memory"])[0].shape[1] == 4
+    wide = dict(params)
+    for part in ("query", "key"):
+        wide[part] = {"kernel": jnp.repeat(params[part]["kernel"], 2, axis=1)}
+    for part in ("feedback", "correction"):
+        if part in wide:
+            wide[part] = jnp.repeat(params[part], 2)
+    plain = registry.get(name).mixer(dim=D, std=0.3, **{**options, "heads": 4})
+    expected, same, _ = plain.apply({"params": wide}, x, None, ctx)
+    assert distance(y, np.asarray(expected)) < 1e-5
+    assert distance(state["memory"], np.asarray(same["memory"])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "delta_net",
+            {"heads": 3, "value_heads": 4},
+            "value_heads 4 must be a multiple of heads 3",
+        ),
+        ("delta_net", {"heads": 2, "value_heads": 6}, "dim 16 does not divide into 6 heads"),
+        ("mamba2", {"heads": 3}, "heads 3 must divide expand dim = 32"),
+        ("mamba2", {"heads": 4, "groups": 3}, "multiple of groups 3"),
+        ("kda", {"gate_rank": "low"}, "gate_rank 'low': allowed are full, value"),
+        ("delta_product", {"steps": 0}, "steps must be at least 1; given 0"),
+    ],
+)
+def test_impossible_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **options)
