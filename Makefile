@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment first; that takes under a second when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-fast test-slow test-floor lint benchmark constraints \
+.PHONY: help quickstart test test-all test-fast test-slow test-optional test-floor lint benchmark constraints \
         environment clean
 
 PYTHON := .venv/bin/python
@@ -17,13 +17,17 @@ quickstart: environment ## train a small hybrid model on the standard library's 
 
 test: lint test-fast ## lint and the fast tests; ARGS="-k name" is passed to pytest
 
-test-all: test test-slow ## everything: the full product of cells, forms and wrappers too
+test-all: test test-slow test-optional ## everything: the full product of cells, forms and wrappers too
 
 test-fast: environment
 	$(CPU) $(PYTHON) $(PYTEST) -m "not slow"
 
 test-slow: environment # pytest says 5 when no test is marked slow
 	$(CPU) $(PYTHON) $(PYTEST) -m slow || test $$? -eq 5
+
+test-optional: environment ## the tests that need optional packages, which it installs
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[tfds,logging]'
+	$(CPU) $(PYTHON) -m pytest -q tests/test_sources.py tests/test_metrics.py
 
 test-floor: ## the fast tests on the oldest versions that are supported, with Python 3.11
 	@.ci/environment .venv-floor constraints-floor.txt 3.11

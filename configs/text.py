@@ -3,9 +3,14 @@
     python -m memjax.train --config='configs/text.py:gated_delta_net,glob=~/books/**/*.txt' \\
         --workdir=runs/books
 
+    python -m memjax.train --config=configs/text.py:delta_net,dataset=lm1b,bpe=8192 \\
+        --workdir=runs/lm1b
+
 The first argument is a cell or a block as it reads, such as `hybrid(sliding_window, delta_net)`;
-`layers`, `dim`, `length`, `steps` and `seed` may follow. Without `glob` the text is the Python
-standard library's sources.
+`layers`, `dim`, `length`, `steps` and `seed` may follow. The text is that of `glob` (plain files,
+and .jsonl or .parquet files whose `field` holds a document each), that of a `dataset` of
+tensorflow-datasets, or without both the Python standard library's sources. Tokens are bytes, or
+with `bpe=N` a byte-pair encoding of N tokens, trained on the training text.
 """
 
 from memjax import defaults
@@ -17,23 +22,32 @@ def get_config(arg=None):
         arg,
         mixer="hybrid(sliding_window, gated_delta_net)",
         glob="",
+        dataset="",
+        field="text",
+        bpe=0,
         layers=6,
         dim=256,
         length=512,
         steps=5000,
         seed=0,
     )
+    if arg.dataset:
+        source = {"name": "tfds", "dataset": arg.dataset, "folder": ""}  # '' for its usual place
+        source |= {"train": "train", "heldout": "test"}  # splits
+    else:
+        source = {"name": "text", "glob": arg.glob, "holdout": 0.05}  # of the files
     config = defaults.config(
         data={
-            "name": "text",
-            "glob": arg.glob,  # '' for the standard library's sources
+            **source,
+            "field": arg.field,  # of JSON lines, parquet columns or features
+            "bpe": arg.bpe,  # tokens of a byte-pair encoding, 0 for bytes
             "length": arg.length,
-            "holdout": 0.05,  # of the files
             "shuffle": 1024,  # rows of a window within which rows are shuffled
             "workers": 0,
         },
         layers=(((arg.mixer,), arg.layers),),
         dim=arg.dim,
+        vocab=arg.bpe or 259,
     )
     config.seed, config.steps = arg.seed, arg.steps
     config.eval.every = config.checkpoint.every = 500

@@ -37,10 +37,11 @@ def score_rows(model: LanguageModel, params: PyTree, source: data.Data, limit: i
         yield {**batch, "nats": scores.nats, "correct": scores.correct}
 
 
-def of_text(batches: Iterator[Scored], names: Sequence[str], bytes_per_token: float) -> dict:
+def of_text(batches: Iterator[Scored], names: Sequence[str], sizes: np.ndarray) -> dict:
     """Bits per byte of all held-out text, by context and by file.
 
-    batches: every batch of the held-out stream, in order. names: of its documents.
+    batches: every batch of the held-out stream, in order. names: of its documents. sizes: bytes of
+    each token [vocab].
     """
     sums = {key: np.zeros(64) for key in ("nats", "count")}
     files = {key: np.zeros(len(names)) for key in ("nats", "count")}
@@ -50,12 +51,15 @@ def of_text(batches: Iterator[Scored], names: Sequence[str], bytes_per_token: fl
         index = document + np.cumsum(batch["reset"].ravel()).reshape(seen.shape)
         document = index[-1, -1]
         mask = batch["mask"]
-        values = {"nats": batch["nats"][mask].astype(np.float64), "count": np.ones(mask.sum())}
+        values = {
+            "nats": batch["nats"][mask].astype(np.float64),
+            "count": sizes[batch["targets"][mask]],
+        }
         octave = np.floor(np.log2(seen[mask])).astype(int)
         for key, value in values.items():
             np.add.at(sums[key], octave, value)
             np.add.at(files[key], index[mask], value)
-    unit = math.log(2) * bytes_per_token
+    unit = math.log(2)
     return {
         "bits_per_byte": sums["nats"].sum() / sums["count"].sum() / unit,
         "by_context": [
@@ -63,13 +67,13 @@ def of_text(batches: Iterator[Scored], names: Sequence[str], bytes_per_token: fl
                 "from": 2**i,
                 "to": 2 ** (i + 1) - 1,
                 "bits_per_byte": sums["nats"][i] / count / unit,
-                "tokens": int(count),
+                "bytes": int(count),
             }
             for i, count in enumerate(sums["count"])
             if count
         ],
         "by_file": [
-            {"name": name, "bits_per_byte": nats / count / unit, "tokens": int(count)}
+            {"name": name, "bits_per_byte": nats / count / unit, "bytes": int(count)}
             for name, nats, count in zip(names, files["nats"], files["count"], strict=True)
             if count
         ],
@@ -149,7 +153,7 @@ def draw(found: Mapping[str, Any], path: str, title: str) -> None:
         left.set(xlabel="tokens of the document seen", ylabel="bits per byte")
         left.set_xscale("log", base=2)
         files = found["by_file"]
-        right.scatter([f["tokens"] for f in files], [f["bits_per_byte"] for f in files], s=12)
+        right.scatter([f["bytes"] for f in files], [f["bits_per_byte"] for f in files], s=12)
         right.set(xscale="log", xlabel="bytes of the file")
         for axes in (left, right):
             axes.axhline(found["bits_per_byte"], color="0.6", linewidth=1)
@@ -179,7 +183,7 @@ def evaluate(
     """
     step, model, params, meta = generate.load(workdir, step)
     settings = dict(meta["config"]["data"])
-    if length and settings["name"] != "text":
+    if length and settings["name"] not in ("text", "tfds"):
         raise config.UserError(f"--length={length}: only the rows of text can be longer")
     limit = capacity(model.config)
     if limit is not None and length > limit:
@@ -196,12 +200,12 @@ def evaluate(
                 "held-out files may have been seen in training, so evaluate on the same data"
             )
     scored = score_rows(model, params, source, batches or None)
-    if source.bytes_per_token is None:
+    if source.tokeniser is None:
         found = of_task(scored)
     else:
         if batches:
             raise config.UserError("--batches is for tasks; text is evaluated as a whole")
-        found = of_text(scored, source.heldout, source.bytes_per_token)
+        found = of_text(scored, source.heldout, np.array([*map(len, source.tokeniser.pieces)]))
     return {"workdir": workdir, "step": step, "length": source.length, **found}
 
 

@@ -2,12 +2,13 @@
 
     python -m memjax.generate --workdir=runs/quickstart --prompt='def main' --length=400
 
-The prompt is read in one pass, then each byte costs one step on a state of fixed size. The same
+The prompt is read in one pass, then each token costs one step on a state of fixed size. The same
 seed gives the same text.
 """
 
 import codecs
 import functools
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -19,6 +20,8 @@ from memjax import checkpoint, config, train_step
 from memjax.data import tokens as text_tokens
 from memjax.nn.lm import LanguageModel, capacity
 from memjax.typing import PyTree
+
+TOKENISER = "tokeniser.json"  # in the workdir of a run whose tokens are no bytes
 
 
 def sample(
@@ -34,7 +37,7 @@ def sample(
     """Yields `length` tokens that continue `prompt` (at least one token).
 
     temperature: >= 0; 0 takes the most likely token. top_k: draw from the k most likely tokens
-    only; 0 for all. Only bytes are drawn.
+    only; 0 for all. Only tokens of text are drawn.
 
     Raises:
       ValueError: an empty prompt, a setting out of range, or more tokens than the model's
@@ -75,11 +78,13 @@ def _advance(model, temperature, top_k, params, inputs, state, key):
     return jax.random.categorical(key, logits / temperature), state
 
 
-def stream_text(tokens: Iterator[int]) -> Iterator[str]:
-    """Text of byte tokens as it becomes complete."""
+def stream_text(
+    tokens: Iterator[int], tokeniser: text_tokens.Tokeniser = text_tokens.BYTES
+) -> Iterator[str]:
+    """Text of tokens as its characters become complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        yield decoder.decode(text_tokens.decode_bytes([token]))
+        yield decoder.decode(tokeniser.decode_bytes([token]))
     yield decoder.decode(b"", final=True)
 
 
@@ -93,14 +98,23 @@ def load(workdir: str, step: int | None = None) -> tuple[int, LanguageModel, PyT
     return step, model, params, meta
 
 
+def load_tokeniser(workdir: str) -> text_tokens.Tokeniser:
+    """The tokeniser of a run on text: the one that it kept, or bytes."""
+    path = os.path.join(workdir, TOKENISER)
+    if not os.path.exists(path):
+        return text_tokens.BYTES
+    with config.user_errors(path), open(path, encoding="utf-8") as file:
+        return text_tokens.from_json(file.read())
+
+
 def define_flags() -> None:
     """The command's flags; made when it runs, so that other programs may import this module."""
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", None, "checkpoint to use; the latest when not given")
     flags.DEFINE_string("prompt", "", "text to continue; empty begins a document")
-    flags.DEFINE_integer("length", 500, "bytes to generate", lower_bound=0)
-    flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest byte", lower_bound=0)
-    flags.DEFINE_integer("top_k", 0, "draw from the k likeliest bytes; 0: all", lower_bound=0)
+    flags.DEFINE_integer("length", 500, "tokens to generate", lower_bound=0)
+    flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token", lower_bound=0)
+    flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0: all", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "of the draw")
 
 
@@ -114,12 +128,13 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     given = flags.FLAGS
     step, model, params, meta = load(given.workdir, given.step)
-    if meta["config"]["data"]["name"] != "text":
+    if meta["config"]["data"]["name"] not in ("text", "tfds"):
         raise config.UserError(
             f"{given.workdir} was trained on {meta['config']['data']['name']!r}, whose tokens are "
-            "no text; generate needs a run on data.name='text'"
+            "no text; generate needs a run on data.name='text' or 'tfds'"
         )
-    prompt = [text_tokens.BOS, *text_tokens.encode(given.prompt)]
+    tokeniser = load_tokeniser(given.workdir)
+    prompt = [text_tokens.BOS, *tokeniser.encode(given.prompt)]
     with config.user_errors("generate"):
         continuation = sample(
             model,
@@ -131,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
             seed=given.seed,
         )
     print(given.prompt, end="", flush=True)
-    for piece in stream_text(continuation):
+    for piece in stream_text(continuation, tokeniser):
         print(piece, end="", flush=True)
     print()
 

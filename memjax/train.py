@@ -17,12 +17,14 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 
 from memjax import __version__, checkpoint, config, generate, metrics, progress, train_step
@@ -54,6 +56,8 @@ def _train(settings, workdir, stopped):
         example = run.put(next(run.data.evaluation(1)))
         lowered = run.step.lower(abstract, example)
     config.claim(workdir, settings, MAY_CHANGE)
+    if run.data.tokeniser is not None and run.data.tokeniser.model:
+        config.write_text(os.path.join(workdir, generate.TOKENISER), run.data.tokeniser.model)
     summary = {
         "finished": False,
         "step": 0,
@@ -89,6 +93,7 @@ def _train(settings, workdir, stopped):
         temporary = "" if memory is None else f", {progress.human(memory.temp_size_in_bytes)}B"
         show.note(f"compiled in {time.perf_counter() - began:.1f} s{temporary} of temporary memory")
     late = metrics.Late()
+    fed: deque = deque(maxlen=2)  # (step, batch) of the step in flight and of the one before
 
     def record(arrived):
         if arrived is None:
@@ -96,10 +101,12 @@ def _train(settings, workdir, stopped):
         at, values = arrived
         for name in ("loss", "grad_norm"):  # before the state of this step can be saved
             if not math.isfinite(values[name]):
+                looked_at = os.path.join(workdir, "nonfinite.npz")
+                np.savez(looked_at, **dict(fed)[at])
                 raise FloatingPointError(
-                    f"the {name} of step {at} is {values[name]}; the last checkpoint is of step "
-                    f"{saver.latest()}. Lower optim.lr or optim.clip in a new --workdir, or look "
-                    "for bad data"
+                    f"the {name} of step {at} is {values[name]}; its batch is in {looked_at}, the "
+                    f"last checkpoint is of step {saver.latest()}. Lower optim.lr or optim.clip in "
+                    "a new --workdir, or look for bad data"
                 )
         if run.data.bytes_per_token:
             values["bits_per_byte"] = values["loss"] / math.log(2) / run.data.bytes_per_token
@@ -124,8 +131,9 @@ def _train(settings, workdir, stopped):
             evaluate_once(workdir, evaluate, step, settings.eval.batches)
         clock.start()
         while step < settings.steps:
-            batch = run.put(next(iterator))
-            state, values = advance(state, batch)
+            batch = next(iterator)
+            fed.append((step + 1, batch))
+            state, values = advance(state, run.put(batch))
             step += 1
             clock.tick(per_step)
             record(late.push(step, values))
@@ -151,7 +159,7 @@ def _train(settings, workdir, stopped):
             summary |= evaluate_once(workdir, evaluate, step, None)
             summary |= {"finished": True, "baselines": run.data.baselines()}
             if run.data.bytes_per_token:
-                summary["sample"] = sample_text(run.model, state.params)
+                summary["sample"] = sample_text(run.model, state.params, run.data.tokeniser)
     metrics.write_json(os.path.join(workdir, "summary.json"), summary)
     progress.plot_loss(
         os.path.join(workdir, "metrics.jsonl"),
@@ -183,12 +191,12 @@ def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:
     return evaluate(step, limit)
 
 
-def sample_text(model, params, length: int = 300) -> str:
+def sample_text(model, params, tokeniser, length: int = 300) -> str:
     """What the model writes from the start of a document."""
     room = capacity(model.config)
     length = length if room is None else min(length, room - 1)  # the document's start is a token
     tokens = generate.sample(model, params, [text_tokens.BOS], length, temperature=0.7)
-    return "".join(generate.stream_text(tokens))
+    return "".join(generate.stream_text(tokens, tokeniser))
 
 
 def describe(show, run: train_step.Training, parameters: int, params: Any, step: int) -> None:

@@ -79,7 +79,7 @@ MISTAKES = {
     "--config.batch=0": ["batch=0", "positive multiple"],
     "--config.data.pairs=9": ["pairs=9", "more than length=16", "fewer pairs"],
     "--config.data.length=15": ["length=15 is odd", "such as 16"],
-    "--config.data.name=mqra": ["'mqra'", "text, mqar", "Did you mean 'mqar'?"],
+    "--config.data.name=mqra": ["'mqra'", "text, tfds, mqar", "Did you mean 'mqar'?"],
     "--config.mesh.data=3": ["data=3", "1 devices"],
     "--config.optim.warmup=100": ["warmup=100", "0 to config.steps (12)"],
     "--config.steps=0": ["steps=0", "at least 1"],

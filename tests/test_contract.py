@@ -1,7 +1,9 @@
 """Every registered cell, every form: the contract. Nothing here names a cell.
 
-The plain tests hold each cell to each law at least once; the full product of variants, lengths,
-scenarios and forms is marked slow. A test covers all forms of a cell, which share compiled code.
+Fast tests hold every cell to the laws of values, gradients, splits, resets, causality and layout,
+and the leaders to all laws; the other cells' turn at those, and the full product of variants,
+lengths, scenarios and forms, are marked slow. A test covers all forms of a cell, which share
+compiled code.
 """
 
 import contract
@@ -13,9 +15,30 @@ CASES = contract.cases()
 slow = pytest.mark.slow
 
 
-def each(cases):
-    """One test for each case."""
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+def leaders(cases):
+    """Cells that share a chunked form share most of its code: of each such family, the fewest cells
+    (found greedily) that have every leaf of inputs that a cell of the family has."""
+    families = {}
+    for case in cases:
+        families.setdefault(type(case.cell).chunked, []).append(case)
+    found = []
+    for family in families.values():
+        leaves = {case.name: {(n, f.shape) for n, f in case.fields.items()} for case in family}
+        wanted = set().union(*leaves.values())
+        while wanted:
+            best = max(family, key=lambda case: len(leaves[case.name] & wanted))
+            wanted -= leaves[best.name]
+            found.append(best)
+    return found
+
+
+LEADERS = leaders(CELLS)
+
+
+def each(cases, fast=CASES):
+    """One test for each case, slow where it is none of `fast`."""
+    rows = [pytest.param(case, marks=() if case in fast else slow) for case in cases]
+    return pytest.mark.parametrize("case", rows, ids=[case.name for case in cases])
 
 
 def each_form(cases, **axes):
@@ -41,20 +64,20 @@ def test_values_and_gradients_of_one_plain_document(case):
         checks.check_forms(case, form, given)
 
 
-@each(CELLS)
+@each(CELLS, fast=LEADERS)
 def test_lengths(case):
     for length in contract.lengths(case.cell):
         for form in contract.forms(case):
             checks.check_values(case, form, contract.problem(case, 1, length))
 
 
-@each(CELLS)
+@each(CELLS, fast=LEADERS)
 def test_one_head(case):
     for form in contract.forms(case):
         checks.check_values(case, form, contract.problem(case, 1, 9, heads=1))
 
 
-@each(CELLS)
+@each(CELLS, fast=LEADERS)
 def test_default_chunk(case):
     """With equal keys and a rate of 2, a token multiplies what its key holds by 1 - 2 k.k.
 
@@ -93,19 +116,19 @@ def test_causality(case):
             checks.check_causality(case, form, "gates")
 
 
-@each(CASES)
+@each(CASES, fast=LEADERS)
 def test_bfloat16_inputs(case):
     for form in contract.forms(case):
         checks.check_bfloat16(case, form)
 
 
-@each(CELLS)
+@each(CELLS, fast=LEADERS)
 def test_transformations(case):
     for form in contract.forms(case):
         checks.check_transformations(case, form)
 
 
-@each(CELLS)
+@each(CELLS, fast=LEADERS)
 def test_shared_heads(case):
     for form in contract.forms(case):
         checks.check_shared_heads(case, form)

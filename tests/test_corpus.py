@@ -35,14 +35,14 @@ def folder(tmp_path):
 
 def test_tokens_round_trip():
     every = bytes(range(256))
-    ids = tokens.encode(every)
-    assert ids.dtype == np.int32 and ids.min() == 3 and ids.max() == tokens.VOCAB - 1 == 258
-    assert tokens.decode_bytes(ids) == every
-    assert tokens.decode(tokens.encode("Grüße, 世界")) == "Grüße, 世界"
-    assert tokens.decode([1, ord("a") + 3, 0, 0xFF + 3, 2]) == "a\ufffd"
-    assert tokens.decode([]) == ""
-    with pytest.raises(ValueError, match=r"tokens from 5 to 259: byte tokens are 0\.\.258"):
-        tokens.decode([5, 259])
+    ids = tokens.BYTES.encode(every)
+    assert ids.dtype == np.int32 and ids.min() == 3 and ids.max() == tokens.BYTES.vocab - 1 == 258
+    assert tokens.BYTES.decode_bytes(ids) == every
+    assert tokens.BYTES.decode(tokens.BYTES.encode("Grüße, 世界")) == "Grüße, 世界"
+    assert tokens.BYTES.decode([1, ord("a") + 3, 0, 0xFF + 3, 2]) == "a\ufffd"
+    assert tokens.BYTES.decode([]) == ""
+    with pytest.raises(ValueError, match=r"tokens from 5 to 259: this tokeniser has 0\.\.258"):
+        tokens.BYTES.decode([5, 259])
 
 
 # Corpora ---------------------------------------------------------------------------------------

@@ -49,13 +49,16 @@ def test_packing_marks_documents_not_rows():
     # Documents of 9 and 6 tokens in rows of 6: the third row begins inside a document.
     source = grain.MapDataset.source(pipeline.Documents([b"abcdefgh", b"ijklm"]))
     packed = grain.experimental.ConcatThenSplitIterDataset(
-        source.map(tokens.document).to_iter_dataset(), length_struct={"tokens": 6, "start": 6}
+        source.map(tokens.BYTES.document).to_iter_dataset(), length_struct={"tokens": 6, "start": 6}
     )
     rows = list(packed)
     starts = np.stack([row["start"] for row in rows]).astype(int)
     np.testing.assert_array_equal(starts, [[1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 6])
     second = pipeline.examples(rows[1])
-    assert tokens.decode(second["inputs"]) == "fghi" and tokens.decode(second["targets"]) == "ghij"
+    assert (
+        tokens.BYTES.decode(second["inputs"]) == "fghi"
+        and tokens.BYTES.decode(second["targets"]) == "ghij"
+    )
     np.testing.assert_array_equal(second["mask"], [True, True, False, True, True])
     np.testing.assert_array_equal(second["reset"], [False, False, False, True, False])
     last = pipeline.examples(rows[2])
@@ -80,7 +83,7 @@ def test_train_batches_are_the_shuffled_documents_end_to_end():
         rows += list(np.concatenate([b["inputs"], b["targets"][:, -1:]], 1))
     stream = np.concatenate(rows)
     documents = np.split(stream, np.flatnonzero(stream == tokens.BOS))[1:-1]
-    seen = [tokens.decode_bytes(d) for d in documents]
+    seen = [tokens.BYTES.decode_bytes(d) for d in documents]
     first, second = seen[: len(texts)], seen[len(texts) : 2 * len(texts)]
     assert sorted(first) == sorted(second) == sorted(texts)
     assert first != second and first != texts
@@ -172,11 +175,11 @@ def test_every_held_out_byte_is_scored_exactly_once(length, batch):
     assert len(batches) == math.ceil(len(rows) / batch)
     assert all(v.shape == (batch, length) for b in batches for v in b.values())
     scored = np.concatenate([b["targets"][b["mask"]] for b in batches])
-    assert tokens.decode_bytes(scored) == b"".join(texts)
+    assert tokens.BYTES.decode_bytes(scored) == b"".join(texts)
     assert sum(int(b["reset"].sum()) for b in batches) == len(texts)
     # The input at every scored position is the token just before.
     before = np.concatenate([b["inputs"][b["mask"]] for b in batches])
-    expected = np.concatenate([tokens.document(t)["tokens"][:-1] for t in texts])
+    expected = np.concatenate([tokens.BYTES.document(t)["tokens"][:-1] for t in texts])
     np.testing.assert_array_equal(before, expected)
 
 
@@ -203,12 +206,12 @@ def test_evaluation_limit_spreads_and_shards_agree(folder):
 def test_make_text(folder):
     made = data.make(config(folder), batch=2, seed=0)
     assert made.vocab == 259 and made.queries is None and made.length == 16
-    assert made.bytes_per_token == 1.0 and made.decode([100]) == "a"
+    assert made.bytes_per_token == 1.0 and made.tokeniser.decode([100]) == "a"
     again = data.make(config(folder), batch=2, seed=0)
     assert_same(next(iter(made.train)), next(iter(again.train)))
     _, heldout = data.from_glob(f"{folder}/**/*.txt").split(0.3)
     scored = np.concatenate([b["targets"][b["mask"]] for b in made.evaluation()])
-    assert tokens.decode_bytes(scored) == b"".join(heldout.texts)
+    assert tokens.BYTES.decode_bytes(scored) == b"".join(heldout.texts)
     assert made.baselines().keys() == {"uniform", "unigram", "bigram", "zlib"}
 
 
@@ -266,9 +269,9 @@ def test_fingerprint_changes_with_the_files(folder):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"name": "txt"}, r"data\.name='txt': allowed sources are text, mqar.*mean 'text'"),
-        ({"name": None}, r"data\.name=None: allowed sources are text, mqar, forgetting_mqar"),
-        ({"name": "text", "lenght": 8}, r"lenght=8.*allowed are glob, .*mean 'length'"),
+        ({"name": "txt"}, r"data\.name='txt': allowed sources are text, tfds.*mean 'text'"),
+        ({"name": None}, r"data\.name=None: allowed sources are text, tfds, mqar, forgetting_mqar"),
+        ({"name": "text", "lenght": 8}, r"lenght=8.*allowed are bpe, .*mean 'length'"),
         ({"name": "mqar", "updates": 8}, r"data\.updates=8: the source 'mqar' has no such"),
         ({"name": "text", "length": 8.5}, r"data\.length=8\.5 is of type float.*an integer"),
         ({"name": "text", "length": True}, r"data\.length=True is of type bool.*an integer"),
@@ -311,7 +314,7 @@ def test_make_task(name):
         small["updates"] = 2
     made = data.make(small, batch=4, seed=7)
     assert made.vocab == 64 and made.length == 32 and made.queries >= 2
-    assert made.decode is None and made.bytes_per_token is None
+    assert made.tokeniser is None and made.bytes_per_token is None
     assert made.baselines() == {"chance": 1 / 32}
     first, _ = check_resume(made.train, 3, 5)
     assert first["inputs"].shape == (4, 32) and "reset" not in first

@@ -37,11 +37,11 @@ def test_text_adds_up_to_the_figure_of_training(workdir):
     expected = json.load(open(f"{workdir}/summary.json"))["bits_per_byte"]
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     for group in ("by_context", "by_file"):
-        tokens = np.array([row["tokens"] for row in found[group]])
+        tokens = np.array([row["bytes"] for row in found[group]])
         bits = np.array([row["bits_per_byte"] for row in found[group]])
         assert np.average(bits, weights=tokens) == pytest.approx(expected, rel=1e-5)
     sizes = {name: len(text.encode()) for name, text in runs.PAGES.items()}
-    assert {row["name"]: row["tokens"] for row in found["by_file"]}.items() <= sizes.items()
+    assert {row["name"]: row["bytes"] for row in found["by_file"]}.items() <= sizes.items()
     assert len(found["by_file"]) > 1
     assert [(r["from"], r["to"]) for r in found["by_context"]][:3] == [(1, 1), (2, 3), (4, 7)]
 
@@ -57,13 +57,14 @@ def test_context_and_files_are_counted_across_rows():
     reset = np.array([[1, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
     mask = np.array([[1, 1, 1, 0, 1], [1, 1, 1, 0, 0]], bool)
     nats = np.arange(10.0).reshape(2, 5)
-    found = evaluate.of_text(iter([{"reset": reset, "mask": mask, "nats": nats}]), ["a", "b"], 1.0)
+    batch = {"reset": reset, "mask": mask, "nats": nats, "targets": np.ones((2, 5), int)}
+    found = evaluate.of_text(iter([batch]), ["a", "b"], np.array([0, 1]))
     assert found["by_file"] == [
-        {"name": "a", "bits_per_byte": pytest.approx(1 / LN2), "tokens": 3},
-        {"name": "b", "bits_per_byte": pytest.approx((4 + 5 + 6 + 7) / 4 / LN2), "tokens": 4},
+        {"name": "a", "bits_per_byte": pytest.approx(1 / LN2), "bytes": 3},
+        {"name": "b", "bits_per_byte": pytest.approx((4 + 5 + 6 + 7) / 4 / LN2), "bytes": 4},
     ]
     by_context = {
-        row["from"]: (row["bits_per_byte"] * LN2, row["tokens"]) for row in found["by_context"]
+        row["from"]: (row["bits_per_byte"] * LN2, row["bytes"]) for row in found["by_context"]
     }
     assert by_context[1] == (pytest.approx((0 + 4 + 5) / 3), 3)  # a row begins without a past
     assert by_context[2] == (pytest.approx((1 + 2 + 6 + 7) / 4), 4)

@@ -14,7 +14,7 @@ from memjax import config, generate
 from memjax.data import tokens
 from memjax.nn.lm import LanguageModel, ModelConfig
 
-PROMPT = [tokens.BOS, *tokens.encode("The quick brown fox ")]
+PROMPT = [tokens.BOS, *tokens.BYTES.encode("The quick brown fox ")]
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 compiled_once = runs.compiled_once
@@ -129,14 +129,14 @@ def test_an_earlier_checkpoint_can_be_loaded(workdir, model):
 
 def test_text_is_streamed_as_characters_become_complete():
     text = "aß語🜚b"
-    pieces = list(generate.stream_text(iter(tokens.encode(text).tolist())))
+    pieces = list(generate.stream_text(iter(tokens.BYTES.encode(text).tolist())))
     assert "".join(pieces) == text
     seen = "".join(p or "." for p in pieces)
     assert seen == "a.ß..語...🜚b."
 
 
 def test_bytes_that_are_no_text_are_replaced():
-    ids = tokens.encode(b"a\xffb\xe8\xaa").tolist()
+    ids = tokens.BYTES.encode(b"a\xffb\xe8\xaa").tolist()
     assert "".join(generate.stream_text(iter(ids))) == "a\ufffdb\ufffd"
 
 

@@ -44,6 +44,7 @@ COMMANDS = (
     "memjax.benchmark",
     "memjax.evaluate",
     "memjax.generate",
+    "memjax.readme",
     "memjax.sweep",
     "memjax.train",
     "memjax.train_step",
@@ -52,7 +53,7 @@ LIBRARY = (*CORE, *SHELL, *HELPERS, *SOURCES, "memjax.cells", "memjax.wrappers",
 
 JAX = ("jax", "jaxtyping", "numpy")
 FLAX = (*JAX, "flax")
-NUMPY = ("absl", "grain", "numpy")
+NUMPY = ("absl", "grain", "numpy")  # optional packages are imported by `data.tokens.optional`
 ANY = ("*",)
 
 

@@ -1,5 +1,6 @@
 """Training in Python, without the command: the step, evaluation, accumulation, devices, the run."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import tiny_runs as runs
 
 import memjax
-from memjax import config, metrics, train
+from memjax import config, metrics, train, train_step
 from memjax.data import tokens
 
 # What the first step of training reports, and the loss of the second. To 1e-4: a change of the
@@ -349,9 +350,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.Late, "push", push)
     with pytest.raises(FloatingPointError, match="loss of step 6 is nan.*checkpoint is of step 4"):
         train.train(task(), str(tmp_path))
+    with np.load(tmp_path / "nonfinite.npz") as kept:
+        fed = next(itertools.islice(iter(train_step.build(task()).data.train), 5, None))
+        assert all(np.array_equal(kept[name], fed[name]) for name in fed)
     assert [r["step"] for r in runs.records(tmp_path) if r["kind"] == "train"] == [1, 2, 3, 4, 5]
 
 
 def test_the_sample_begins_a_document(workdir):
     sample = runs.summary(workdir)["sample"]
-    assert len(sample) <= 300 and tokens.BOS not in tokens.encode(sample)
+    assert len(sample) <= 300 and tokens.BOS not in tokens.BYTES.encode(sample)

@@ -5,6 +5,6 @@ numpy and grain only: grain's worker processes import this package.
 
 from memjax.data.sources import Data, make
 from memjax.data.text import Corpus, from_glob, standard_library
-from memjax.data.tokens import decode, encode
+from memjax.data.tokens import BYTES
 
-__all__ = ["Corpus", "Data", "decode", "encode", "from_glob", "make", "standard_library"]
+__all__ = ["BYTES", "Corpus", "Data", "from_glob", "make", "standard_library"]

@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from memjax.data import tokens as byte_tokens
+from memjax.data.tokens import BYTES, PAD, Tokeniser
 
 Batch = dict[str, np.ndarray]
 
@@ -43,7 +43,7 @@ def examples(packed: dict[str, np.ndarray]) -> Batch:
     return {
         "inputs": tokens[..., :-1],
         "targets": targets,
-        "mask": (targets != byte_tokens.PAD) & ~start[..., 1:],
+        "mask": (targets != PAD) & ~start[..., 1:],
         "reset": start[..., :-1],
     }
 
@@ -80,6 +80,7 @@ def text_rows(
     shard: tuple[int, int] = (0, 1),
     shuffle: int = 1,
     workers: int = 0,
+    tokeniser: Tokeniser = BYTES,
 ) -> grain.IterDataset:
     """Endless training batches of packed documents.
 
@@ -96,11 +97,12 @@ def text_rows(
       shard: (index, count) of this data shard.
       shuffle: rows of a window within which rows are shuffled; 1 leaves them in order, which a
         memory that is carried from row to row needs.
+      tokeniser: of the documents.
       workers: processes that pack; 0 packs in this one. It is part of the order of the data.
     """
     documents = grain.MapDataset.source(Documents(texts)).seed(seed).shuffle().repeat(None)
     # Shuffle before slicing: a shard's documents then do not depend on how the files are ordered.
-    documents = documents[shard[0] :: shard[1]].map(byte_tokens.document)
+    documents = documents[shard[0] :: shard[1]].map(tokeniser.document)
     row = {"tokens": length + 1, "start": length + 1}
     packed = grain.experimental.ConcatThenSplitIterDataset(_here(documents), length_struct=row)
     if shuffle > 1:
@@ -132,14 +134,15 @@ def task_rows(source: Any, *, batch: int, shard: tuple[int, int] = (0, 1)) -> gr
 class TextEvaluation:
     """Held-out documents laid end to end in order, in rows that overlap by one token.
 
-    Row r covers tokens [rT, rT + T], so that every byte is the scored target of exactly one
+    Row r covers tokens [rT, rT + T], so that every token is the scored target of exactly one
     position; the last row is padded with unscored tokens.
     """
 
-    def __init__(self, texts: Sequence[bytes], length: int):
-        parts = [byte_tokens.document(text) for text in texts]
+    def __init__(self, texts: Sequence[bytes], length: int, tokeniser: Tokeniser = BYTES):
+        parts = [tokeniser.document(text) for text in texts]
         self._stream = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
         self._length = length
+        self.tokens = len(self._stream["tokens"]) - len(parts)  # scored ones, in all rows
 
     def __len__(self) -> int:
         return math.ceil((len(self._stream["tokens"]) - 1) / self._length)

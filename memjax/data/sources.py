@@ -13,10 +13,12 @@ from typing import Any
 import grain
 
 from memjax import tasks
-from memjax.data import baselines, pipeline, text, tokens
+from memjax.data import baselines, pipeline, text, tfds, tokens
 
 # What the pipeline does with the same settings; raised when a change of code changes the batches.
 _VERSION = 1
+# Bytes of training text that the baselines and a byte-pair encoding are fitted on.
+_SAMPLE = 2**26
 
 _MQAR: dict[str, Any] = {
     "length": 64,
@@ -28,8 +30,10 @@ _MQAR: dict[str, Any] = {
 }
 
 # The settings of each source, with their defaults; a default's type is the setting's type.
+_ROWS: dict[str, Any] = {"length": 512, "shuffle": 1024, "workers": 0, "bpe": 0, "field": "text"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "text": {"glob": "", "length": 512, "holdout": 0.05, "shuffle": 1024, "workers": 0},
+    "text": {"glob": "", "holdout": 0.05, **_ROWS},
+    "tfds": {"dataset": "", "folder": "", "train": "train", "heldout": "test", **_ROWS},
     "mqar": _MQAR,
     "forgetting_mqar": {**_MQAR, "updates": 8},
 }
@@ -48,10 +52,11 @@ class Data:
       vocab: number of tokens.
       length: T, tokens of a row.
       queries: scored positions of every row, or None where rows differ (text).
-      bytes_per_token: bytes that a scored target stands for, so that bits per byte are
-        nats per scored target / ln 2 / bytes_per_token; None where targets are no text.
+      bytes_per_token: bytes that a scored target of the held-out text stands for on average, so
+        that its bits per byte are nats per scored target / ln 2 / bytes_per_token; None where
+        targets are no text.
       heldout: names of the held-out files in the order of `evaluation`; () for tasks.
-      decode: tokens to str, or None where tokens are no text.
+      tokeniser: of text, or None where tokens are no text.
       baselines: computes reference figures by name: bits per byte of the held-out files for text,
         the query accuracy of a guess among all values (`chance`) for tasks.
       fingerprint: everything the order of the training data depends on, with its `hash`.
@@ -65,7 +70,7 @@ class Data:
     queries: int | None
     bytes_per_token: float | None
     heldout: tuple[str, ...]
-    decode: Callable[..., str] | None
+    tokeniser: tokens.Tokeniser | None
     baselines: Callable[[], dict[str, float]]
     fingerprint: dict[str, Any]
 
@@ -99,12 +104,30 @@ def make(
            f'batch={batch} over {count} data shard(s)', 'a positive multiple of the shards',
            f'use {max(1, round(batch / count)) * count}')  # fmt: skip
     order = {"seed": int(seed), "batch": int(batch), "shards": int(count), "pipeline": _VERSION}
-    build = _text if name == "text" else functools.partial(_task, name)
+    build = {"text": _text, "tfds": _tfds}.get(name, functools.partial(_task, name))
     return build(settings, batch // count, int(seed), (int(index), int(count)), order)
 
 
 def _text(settings, batch, seed, shard, order):
-    length, workers = settings["length"], settings["workers"]
+    glob = settings["glob"]
+    corpus = text.from_glob(glob, settings["field"]) if glob else text.standard_library()
+    train, heldout = corpus.split(settings["holdout"])
+    facts = {"source": "files" if glob else "python standard library", **corpus.facts()}
+    facts["holdout"] = settings["holdout"]
+    return _documents(train.texts, heldout, facts, settings, batch, seed, shard, order)
+
+
+def _tfds(settings, batch, seed, shard, order):
+    _check(settings["dataset"], "data.dataset=''", "a name of tensorflow-datasets, such as 'lm1b'",
+           "see tensorflow.org/datasets")  # fmt: skip
+    names = {key: settings[key] for key in ("dataset", "folder", "train", "heldout", "field")}
+    train, heldout, facts = tfds.load(**names)
+    return _documents(train, heldout, facts, settings, batch, seed, shard, order)
+
+
+def _documents(train, heldout, facts, settings, batch, seed, shard, order):
+    """Data of training texts (any sequence of bytes) and a held-out corpus."""
+    length, workers, bpe = settings["length"], settings["workers"], settings["bpe"]
     _check(length >= 1, f"data.length={length}", "at least 1", "use 512")
     _check(
         settings["shuffle"] >= 1,
@@ -113,15 +136,16 @@ def _text(settings, batch, seed, shard, order):
         "use 1 to keep the rows in order",
     )
     _check(workers >= 0, f"data.workers={workers}", "at least 0", "use 0 to pack in this process")
-    glob = settings["glob"]
-    corpus = text.from_glob(glob) if glob else text.standard_library()
-    train, heldout = corpus.split(settings["holdout"])
-    rows = pipeline.TextEvaluation(heldout.texts, length)
+    tokeniser, named = tokens.BYTES, "bytes"
+    if bpe:
+        tokeniser = tokens.train_bpe(tokens.sample(train, _SAMPLE), bpe)
+        digest = hashlib.sha256(tokeniser.model.encode()).hexdigest()[:16]
+        named = f"bpe of {bpe}, {digest}"
+    rows = pipeline.TextEvaluation(heldout.texts, length, tokeniser)
+    size = sum(map(len, heldout.texts))
     fingerprint = _fingerprint(
-        source="files" if glob else "python standard library",
-        **corpus.facts(),
-        holdout=settings["holdout"],
-        tokens="bytes",
+        **facts,
+        tokens=named,
         packing="concat",
         length=length,
         shuffle=settings["shuffle"],
@@ -130,22 +154,23 @@ def _text(settings, batch, seed, shard, order):
     )
     return Data(
         train=pipeline.text_rows(
-            train.texts,
+            train,
             length=length,
             batch=batch,
             seed=seed,
             shard=shard,
             shuffle=settings["shuffle"],
             workers=workers,
+            tokeniser=tokeniser,
         ),
         **_evaluation(rows, len(rows), batch, shard),
-        vocab=tokens.VOCAB,
+        vocab=tokeniser.vocab,
         length=length,
         queries=None,
-        bytes_per_token=1.0,
+        bytes_per_token=size / rows.tokens,
         heldout=heldout.names,
-        decode=tokens.decode,
-        baselines=functools.partial(baselines.baselines, train.texts, heldout.texts),
+        tokeniser=tokeniser,
+        baselines=lambda: baselines.baselines(tokens.sample(train, _SAMPLE), heldout.texts),
         fingerprint=fingerprint,
     )
 
@@ -165,7 +190,7 @@ def _task(name, settings, batch, seed, shard, order):
         queries=source.queries,
         bytes_per_token=None,
         heldout=(),
-        decode=None,
+        tokeniser=None,
         baselines=lambda: {"chance": 1 / values},
         fingerprint=_fingerprint(source=name, **facts, packing="none", workers=0, **order),
     )

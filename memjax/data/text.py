@@ -7,10 +7,13 @@ the same on every machine that has the same files.
 import dataclasses
 import glob
 import hashlib
+import json
 import math
 import os
 import sysconfig
 from collections.abc import Iterable
+
+from memjax.data.tokens import optional
 
 # Directories of the standard library that are not its own prose: installed packages, tests, tables.
 _SKIPPED_DIRECTORIES = frozenset({
@@ -143,8 +146,11 @@ def standard_library(root: str = "") -> Corpus:
     return _load(found, root)
 
 
-def from_glob(pattern: str) -> Corpus:
+def from_glob(pattern: str, field: str = "text") -> Corpus:
     """Every file that `pattern` matches, one document each; any bytes will do.
+
+    Each line of a `.jsonl` file and each row of a `.parquet` file is a document, whose text is in
+    `field`; its name is that of the file, "#" and its number from 0.
 
     Args:
       pattern: a glob; `~` is the home directory, `**` any depth. Names are relative to the part
@@ -168,15 +174,16 @@ def from_glob(pattern: str) -> Corpus:
             f"is not enough); it must match files: {inside!r} takes the text inside"
         )
     root = _fixed_part(expanded)
-    return _load([(_relative(path, root), path) for path in set(files)], f"data.glob={pattern!r}")
+    found = [(_relative(path, root), path) for path in set(files)]
+    return _load(found, f"data.glob={pattern!r}", field)
 
 
-def _load(found, origin):
+def _load(found, origin, field="text"):
     documents = []
     for name, path in found:
+        read = _READERS.get(os.path.splitext(path)[1], _whole)
         try:
-            with open(path, "rb") as file:
-                documents.append((name, file.read()))
+            documents += read(name, path, field)
         except OSError as error:
             raise ValueError(
                 f"{origin}: cannot read {path} ({error.strerror}); every file must be readable: "
@@ -188,6 +195,62 @@ def _load(found, origin):
             "give files with text in them"
         )
     return Corpus.of(documents)
+
+
+def _whole(name, path, field):
+    with open(path, "rb") as file:
+        return [(name, file.read())]
+
+
+def _jsonl(name, path, field):
+    documents = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number + 1}: no JSON ({error}); every line must be an object "
+                    f"with the field {field!r}: mend the line, or the file's end if it was cut off"
+                ) from error
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                given = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(
+                    f"{path}, line {number + 1}: no text in the field {field!r}; it has {given}: "
+                    "set data.field to the one that holds the text"
+                )
+            documents.append((f"{name}#{number}", row[field].encode("utf-8", "surrogatepass")))
+    return documents
+
+
+def _parquet(name, path, field):
+    parquet = optional("pyarrow.parquet", path)
+    try:
+        columns = parquet.read_schema(path).names
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a whole parquet file ({error}); download or write it again"
+        ) from error
+    if field not in columns:
+        raise ValueError(
+            f"{path}: no column {field!r}; it has {', '.join(columns)}: set data.field to the one "
+            "that holds the text"
+        )
+    rows = parquet.read_table(path, columns=[field])[field].to_pylist()
+    kinds = {type(row).__name__ for row in rows} - {"str", "NoneType"}
+    if kinds:
+        raise ValueError(
+            f"{path}: the column {field!r} holds {', '.join(sorted(kinds))}, no text: set "
+            "data.field to the one that holds the text"
+        )
+    return [(f"{name}#{i}", (row or "").encode()) for i, row in enumerate(rows)]
+
+
+_READERS = {".jsonl": _jsonl, ".parquet": _parquet}
 
 
 def _skipped_directory(name):
