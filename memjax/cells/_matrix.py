@@ -43,8 +43,6 @@ from memjax.typing import Array, Bool, Float, PyTree
 
 dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
-BLOCK = 16  # tokens whose decays per channel are held pair by pair
-
 
 class Terms(NamedTuple):
     """What each token does, in the letters of the module's docstring; None for what it has not.
@@ -244,28 +242,20 @@ def decay_to_end(g, reset, like) -> Float[Array, "N C *K"]:
 def _channel_pairs(x, y, g, before: bool) -> Float[Array, "N C C"]:
     """x.D.y or x.E.y within chunks for decays per channel; not masked by documents.
 
-    Within blocks of `BLOCK` tokens the decays are held pair by pair. From one block to a later one
-    they are a product of three: to the block's end, over the blocks between, and from the later
-    block's start, none of which exceeds 1.
+    Two neighbouring blocks of tokens are joined by the decays from the first one's tokens to its
+    end and from the second one's start to its tokens, neither above 1; blocks double from 1 to C.
     """
     chunks, size, width = x.shape
-    length = min(BLOCK, size)
-    count = size // length
-    x, y, g = (a.reshape(chunks, count, length, width) for a in (x, y, g))
-    last, after = _tril(length, before), _tril(length, True)
-    span = last[:, None, :] & after.T[None]  # [i, j, l]: l > j, and l <= i or l < i
-    inside = _exp(last[..., None], dot("ijl,nblk->nbijk", span, g))
-    near = jnp.sum(x[:, :, :, None] * y[:, :, None] * inside, axis=-1)
-    if count == 1:
-        return near[:, 0]
-    x = x * jnp.exp(dot("il,nblk->nbik", last, g))
-    y = y * jnp.exp(dot("lj,nblk->nbjk", after, g))
-    earlier = _tril(count, True)
-    span = earlier[:, None, :] & earlier.T[None]  # [I, J, M]: J < M < I
-    over = _exp(earlier[..., None], dot("abm,nmk->nabk", span, jnp.sum(g, axis=2)))
-    far = dot("naik,nabjk->naibj", x, y[:, None] * over[:, :, :, None])
-    far = far + near[:, :, :, None] * jnp.eye(count, dtype=far.dtype)[:, None, :, None]
-    return far.reshape(chunks, size, size)
+    pairs = jnp.sum(x * y, axis=-1)[..., None, None] * (not before)
+    for length in (2**i for i in range(size.bit_length() - 1)):
+        halves = (a.reshape(chunks, -1, 2, length, width) for a in (x, y, g))
+        (_, x2), (y1, _), (g1, g2) = (jnp.moveaxis(a, 2, 0) for a in halves)
+        y1 = y1 * jnp.exp(dot("lj,nblk->nbjk", _tril(length, True), g1))
+        x2 = x2 * jnp.exp(dot("il,nblk->nbik", _tril(length, before), g2))
+        upper, lower = pairs[:, 0::2], pairs[:, 1::2]
+        rows = (upper, jnp.zeros_like(upper)), (dot("nbik,nbjk->nbij", x2, y1), lower)
+        pairs = jnp.concatenate([jnp.concatenate(row, axis=-1) for row in rows], axis=-2)
+    return pairs[:, 0]
 
 
 def _tril(size: int, strict: bool) -> Bool[Array, "C C"]:
