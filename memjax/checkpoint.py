@@ -7,9 +7,11 @@ the step before, and nothing has to be cleaned by hand. An older step is deleted
 one is complete.
 """
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grain
@@ -82,7 +84,9 @@ class Checkpoints:
         }
         if data_iterator is not None:
             items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
-        return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._writing():
+            self._check_space(state)
+            return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
         self,
@@ -140,17 +144,46 @@ class Checkpoints:
         return {} if step is None else _read_meta(self._manager, step)
 
     def wait(self) -> None:
-        """Returns when the save in progress is complete; raises what it raised."""
-        self._manager.wait_until_finished()
+        """Returns when the save in progress is complete; UserError when it failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    def _check_space(self, state: Any) -> None:
+        """Refuses a save that the disk has no room for, before anything is written."""
+        needed = 1.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if os.path.isdir(self.root) and shutil.disk_usage(self.root).free < needed:
+            reason = f"{os.strerror(errno.ENOSPC)}; {needed / 2**20:.1f} MiB are needed"
+            raise OSError(errno.ENOSPC, reason)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what goes wrong while a checkpoint is written into one message."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError) as err:  # tensorstore's errors are ValueErrors
+            complete = [int(p.name) for p in epath.Path(self.root).iterdir() if p.name.isdigit()]
+            kept = f"the last complete one is of step {max(complete)}" if complete else "none yet"
+            reason = " ".join(str(err).split())[:300]
+            raise UserError(
+                f"{self.root}: the checkpoint cannot be written ({reason}); {kept}. Make room, "
+                "then give the same command again."
+            ) from err
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:  # what ended the block is the message; a failing save must not hide it
+            with suppress(Exception):
+                self.close()
 
 
 # ---------------------------------------------------------------- reading without a run

@@ -303,6 +303,11 @@ def main(argv: Sequence[str]) -> int:
     except FloatingPointError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
+    except OSError as err:
+        raise config.UserError(
+            f"{err.filename or workdir} cannot be written ({err.strerror or err}). Make room, then "
+            "give the same command again: it continues from the last complete checkpoint"
+        ) from err
     if not summary["finished"]:
         print(f"stopped at step {summary['step']} and saved; the same command continues")
         return UNFINISHED

@@ -8,13 +8,19 @@ import dataclasses
 import glob
 import os
 import random
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 import tiny_runs as runs
 
-from memjax import metrics, train
+from memjax import checkpoint, metrics, train
+from memjax.errors import UserError
 
 STEPS, EVAL, SAVE = 120, 8, 10
 LONG = {"steps": STEPS, "checkpoint.every": SAVE, "eval.every": EVAL, "log.every": 40}
@@ -142,3 +148,53 @@ def test_ten_kills_in_one_run(tmp_path, kind):
         kill(broken, where, draw, seconds, STEPS * (i + 1) // 11)
     runs.finish(broken.start())
     check_same(whole, broken)
+
+
+def limited(args: list[str], size: int) -> subprocess.CompletedProcess:
+    """The training command, unable to write files above `size` bytes, as on a full disk."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(
+        [sys.executable, "-m", "memjax.train", *args],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=runs.ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)},
+        preexec_fn=limit,
+    )
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path):
+    """At a later checkpoint: the earlier one stays, and with room again the run goes on from it."""
+    settings = {**runs.TASK, "steps": 80, "checkpoint.every": 4, "eval.every": 0}
+    whole, broken = (runs.arguments(runs.MQAR, tmp_path / n, settings) for n in ("whole", "broken"))
+    runs.finish(runs.command("train", *whole))
+    process = runs.command("train", *broken)
+    while not os.path.isdir(tmp_path / "broken" / "checkpoints" / "4"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    kept = [p for p in os.listdir(tmp_path / "broken" / "checkpoints") if p.isdigit()]
+    kept.sort(key=int)
+    assert kept[-1] != "80", "the run was over before it was killed"
+    done = limited(broken, 8192)
+    message = done.stderr.splitlines()[-1] if done.stderr else ""
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert f"the last complete one is of step {kept[-1]}. Make room" in done.stderr, message
+    assert kept[-1] in os.listdir(tmp_path / "broken" / "checkpoints")
+    runs.finish(runs.command("train", *broken))
+    assert runs.records(tmp_path / "broken") == runs.records(tmp_path / "whole")
+    assert runs.summary(tmp_path / "broken") == runs.summary(tmp_path / "whole")
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    saver = checkpoint.Checkpoints(str(tmp_path), every=1)
+    with pytest.raises(UserError, match="No space left.*MiB are needed.*none yet. Make room"):
+        saver.save(1, {"w": np.zeros(1000)})
+    assert os.listdir(tmp_path / "checkpoints") == []
