@@ -1,4 +1,4 @@
-"""A byte language model of any mixer on your own text files.
+"""A language model of any mixer on text: your own files, a dataset, or Python's sources.
 
     python -m memjax.train --config='configs/text.py:gated_delta_net,glob=~/books/**/*.txt' \\
         --workdir=runs/books
@@ -10,7 +10,9 @@ The first argument is a cell or a block as it reads, such as `hybrid(sliding_win
 `layers`, `dim`, `length`, `steps` and `seed` may follow. The text is that of `glob` (plain files,
 and .jsonl or .parquet files whose `field` holds a document each), that of a `dataset` of
 tensorflow-datasets, or without both the Python standard library's sources. Tokens are bytes, or
-with `bpe=N` a byte-pair encoding of N tokens, trained on the training text.
+with `bpe=N` a byte-pair encoding of N tokens, trained on the training text. A dataset must have
+been prepared in the array_record format (`tfds build NAME --file_format=array_record`); the first
+1000 documents of its held-out split are used.
 """
 
 from memjax import defaults

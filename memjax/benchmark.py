@@ -177,14 +177,18 @@ def check_peer(peer: peers.Peer, cell: MemoryCell, params: PyTree, xs: PyTree) -
 # ---------------------------------------------------------------- timing
 
 
-def compile_(function: Callable, *arguments) -> tuple[Callable, float, int | None, int]:
+def compile_(function: Callable, *arguments) -> tuple[Callable, float, int | None, int | None]:
     """(compiled function, seconds of compilation, bytes of temporary memory, operations)."""
     begin = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - begin
     analysis = compiled.memory_analysis()
     memory = getattr(analysis, "temp_size_in_bytes", None)
-    return compiled, seconds, memory, cost.flops(function, *arguments)
+    try:
+        operations = cost.flops(function, *arguments)
+    except ValueError:
+        operations = None
+    return compiled, seconds, memory, operations
 
 
 def time_in_turns(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
@@ -418,6 +422,9 @@ def main(argv: Sequence[str]) -> None:
         "machine": platform.machine(),
         "repeats": given.repeats,
     }
+    picture = os.path.splitext(given.out)[0] + ".png"
+    if given.out and (given.out == picture or not os.path.isdir(os.path.dirname(given.out) or ".")):
+        raise UserError(f"--out={given.out}: expected a file *.json in a folder that exists")
     sizes = dataclasses.asdict(shapes[0]).items()
     told = ", ".join(f"{name} {size}" for name, size in sizes if name != "length" and size)
     print(f"{told}, float32, {about['device']}, jax {jax.__version__}")
@@ -436,14 +443,14 @@ def main(argv: Sequence[str]) -> None:
             f"{', '.join(names)}; leave --forms out to see those they have"
         )
     print(table(records))
-    if given.out:
-        with user_errors(f"--out={given.out}", OSError):
-            write_text(given.out, json.dumps({**about, "records": records}, indent=2) + "\n")
-            draw(records, os.path.splitext(given.out)[0] + ".png")
     if given.record:
         ours = [record for record in records if record["form"] in FORMS]
         kept = forms.updated(forms.table(), about["platform"], ours)
         write_text(str(forms.PATH), json.dumps(kept, indent=1) + "\n")
+    if given.out:
+        with user_errors(f"--out={given.out}", OSError):
+            write_text(given.out, json.dumps({**about, "records": records}, indent=2) + "\n")
+            draw(records, picture)
 
 
 if __name__ == "__main__":

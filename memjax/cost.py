@@ -1,4 +1,4 @@
-"""What a function costs, counted from its jaxpr: exact, on any machine, without running it.
+"""What a function costs, counted from its jaxpr: on any machine, without running it.
 
 XLA's own count takes the body of a loop once; here it is taken as often as it runs.
 """
@@ -21,6 +21,15 @@ _REDUCTIONS = frozenset(
     "reduce_or reduce_prod reduce_sum".split()
 )
 
+_UNKNOWN = {
+    "while": "a while loop's number of trips is not known before it runs",
+    **dict.fromkeys(
+        ("conv_general_dilated", "pallas_call", "fft", "cholesky", "eigh", "lu", "qr", "svd",
+         "triangular_solve", "ffi_call"),
+        "the function has an operation that is not counted (see memjax/cost.py)",
+    ),
+}  # fmt: skip
+
 
 def flops(function: Callable, *arguments: Any) -> int:
     """Floating-point operations of `function(*arguments)`: 2 for a multiply-add of a product, 1
@@ -29,7 +38,8 @@ def flops(function: Callable, *arguments: Any) -> int:
     arguments: arrays, or `jax.ShapeDtypeStruct`s. Of a branch the costlier side counts.
 
     Raises:
-      ValueError: a `while` loop, whose number of trips is known at run time only.
+      ValueError: a `while` loop, whose number of trips is known at run time only, or an operation
+        of linear algebra or a kernel, which is not counted.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -46,8 +56,8 @@ def _equation(equation: Any) -> int:
         return 2 * _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr)
-    if name == "while":
-        raise ValueError("flops: a while loop's number of trips is not known before it runs")
+    if name in _UNKNOWN:
+        raise ValueError(f"flops: {_UNKNOWN[name]}")
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
     if name in _ELEMENTWISE:

@@ -83,8 +83,9 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
     2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only."""
     plain = {"heads": 1, "rotary_base": 0.0, "convolution": 0, "norm": "layer", "gate": "none"}
     options = {name: value for name, value in plain.items() if name in mixer_options(cell)}
-    if cell == "sliding_window":
-        options["window"] = 16  # a quarter of the sequence
+    # A window of a quarter of the sequence, and states of 64 x 64 for all memories.
+    sizes = {"sliding_window": {"window": 16}, "gla": {"key_dim": 64}}
+    options |= {**sizes, "mamba2": {"expand": 1, "state_dim": 64}}.get(cell, {})
     settings = config(
         data,
         layers=((("base_conv", cell), 1),),

@@ -91,19 +91,21 @@ def stream_text(
 def load(workdir: str, step: int | None = None) -> tuple[int, LanguageModel, PyTree, dict]:
     """(step, model, params, meta) of a run's checkpoint, by default its latest."""
     step, meta = checkpoint.read_meta(workdir, step)
-    model = LanguageModel(train_step.model_of(config.from_json(config.to_json(meta["config"]))))
+    with config.user_errors(f"{workdir}, whose config this version does not know"):
+        settings = train_step.model_of(config.from_json(config.to_json(meta["config"])))
+    model = LanguageModel(settings)
     step, params, meta = checkpoint.restore_params(
         workdir, train_step.abstract_params(model), step=step
     )
     return step, model, params, meta
 
 
-def load_tokeniser(workdir: str) -> text_tokens.Tokeniser:
-    """The tokeniser of a run on text: the one that it kept, or bytes."""
-    path = os.path.join(workdir, TOKENISER)
-    if not os.path.exists(path):
+def load_tokeniser(workdir: str, bpe: int) -> text_tokens.Tokeniser:
+    """The tokeniser of a run on text: the one that it kept, or bytes where data.bpe is 0."""
+    if not bpe:
         return text_tokens.BYTES
-    with config.user_errors(path), open(path, encoding="utf-8") as file:
+    path = os.path.join(workdir, TOKENISER)
+    with config.user_errors(path, ValueError, OSError), open(path, encoding="utf-8") as file:
         return text_tokens.from_json(file.read())
 
 
@@ -133,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
             f"{given.workdir} was trained on {meta['config']['data']['name']!r}, whose tokens are "
             "no text; generate needs a run on data.name='text' or 'tfds'"
         )
-    tokeniser = load_tokeniser(given.workdir)
+    tokeniser = load_tokeniser(given.workdir, meta["config"]["data"].get("bpe", 0))
     prompt = [text_tokens.BOS, *tokeniser.encode(given.prompt)]
     with config.user_errors("generate"):
         continuation = sample(

@@ -26,10 +26,9 @@ def draw(
     leaves: dict[str, np.ndarray] = {}
     for name, field in sorted(fields(cell.inputs).items(), key=lambda item: item[1].of):
         shape = batch, length, heads, *field_shape(field, cell, queries)
+        leaves[name] = (draw_leaf or draw_field)(field, rng, shape)
         if field.of:
-            leaves[name] = draw_field(field, rng, shape) * leaves[field.of]
-        else:
-            leaves[name] = (draw_leaf or draw_field)(field, rng, shape)
+            leaves[name] = leaves[name] * leaves[field.of]
     return cell.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
 
 

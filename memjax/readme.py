@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memjax import cells
+from memjax.cell import FORMS
 from memjax.registry import CellSpec
 
 BEGIN, END = "<!-- cells: written by python -m memjax.readme -->\n", "<!-- /cells -->\n"
@@ -26,7 +27,8 @@ def rows(records: Records) -> Iterator[list[str]]:
     """One list of texts for each cell; "-" where nothing was measured."""
     for name in cells.names():
         spec = cells.get(name)
-        found = {r["form"]: r for r in records if (r["cell"], r["length"]) == (name, LENGTH)}
+        ours = (r for r in records if r["form"] in FORMS)
+        found = {r["form"]: r for r in ours if (r["cell"], r["length"]) == (name, LENGTH)}
         states = [r["state_bytes"] for r in found.values()]
         decode = [r["decode_us"] for r in found.values()]
         yield [
@@ -62,9 +64,11 @@ def table(records: Records) -> str:
 
 
 def written(readme: str, records: Records) -> str:
-    """The README's text with the table between its marks."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    """The README's text with the table between its marks; ValueError without them."""
+    before, begun, rest = readme.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (begun and ended):
+        raise ValueError(f"the text needs the lines {BEGIN.strip()} and {END.strip()}")
     return before + BEGIN + table(records) + END + after
 
 

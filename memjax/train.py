@@ -56,8 +56,6 @@ def _train(settings, workdir, stopped):
         example = run.put(next(run.data.evaluation(1)))
         lowered = run.step.lower(abstract, example)
     config.claim(workdir, settings, MAY_CHANGE)
-    if run.data.tokeniser is not None and run.data.tokeniser.model:
-        config.write_text(os.path.join(workdir, generate.TOKENISER), run.data.tokeniser.model)
     summary = {
         "finished": False,
         "step": 0,
@@ -74,6 +72,8 @@ def _train(settings, workdir, stopped):
     meta = {"config": settings, "data": run.data.fingerprint}
     restored = saver.restore(abstract, iterator, expect=meta, ignore=MAY_CHANGE)
     step, state, saved = restored if restored else (0, run.init(), {})
+    if run.data.tokeniser is not None and run.data.tokeniser.model:  # the data is the run's
+        config.write_text(os.path.join(workdir, generate.TOKENISER), run.data.tokeniser.model)
     clock = metrics.Clock(**saved.get("clock", {}))
     log = metrics.Metrics(
         workdir,

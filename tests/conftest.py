@@ -1,7 +1,9 @@
 """Settings of the processes that run tests, made before jax is imported; timeouts with stacks."""
 
 import faulthandler
+import gc
 import os
+import sys
 
 import pytest
 
@@ -14,6 +16,19 @@ _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("NPROC", str(max(2, (os.cpu_count() or 1) // _workers)))
 
 _stderr = pytest.StashKey[int]()
+MAPPINGS = 20_000  # Linux allows a process 65,530
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Compiled programs take memory mappings; a process that runs out of them dies in LLVM."""
+    yield
+    if "jax" in sys.modules and os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps", "rb") as maps:
+            count = sum(1 for _ in maps)
+        if count > MAPPINGS:
+            sys.modules["jax"].clear_caches()
+            gc.collect()
 
 
 def pytest_configure(config):

@@ -183,6 +183,13 @@ def test_command(tmp_path):
     assert done.stdout.splitlines()[1].split()[:2] == ["cell", "form"]
 
 
+@pytest.mark.parametrize("out", ["nowhere/x.json", "x.png"])
+def test_a_file_that_cannot_be_written_is_refused_at_once(out):
+    done = command("--cells=delta_net", f"--out={out}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"--out={out}: expected a file *.json in a folder that exists" in done.stderr
+
+
 def test_no_form_at_all_is_one_message():
     done = command("--cells=delta_net", "--forms=pallas", "--length=5")
     assert done.returncode == 2 and done.stdout.count("\n") == 1

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memjax import cells, config, train_step
+from memjax import cells, config, registry, train_step
+from memjax.nn.stack import mixer_options
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -23,6 +24,13 @@ PER_CELL = [path for path in FILES if "cells.names()" in path.read_text(encoding
 
 def flattened(path: pathlib.Path) -> dict:
     return config.flatten(config.plain(config.load(str(path))))
+
+
+def mixers() -> dict:
+    """The options of every cell's and block's mixer, with their defaults."""
+    names = [*cells.names(), *registry.names(registry.BlockSpec)]
+    options = {name: {k: f.default for k, f in mixer_options(name).items()} for name in names}
+    return config.flatten(config.plain(options))
 
 
 def check_model(settings) -> None:
@@ -45,8 +53,15 @@ def test_settings_are_the_golden_ones(path):
     assert not lines, f"{told}\nIf that is meant, run `{command}` and commit what it writes."
 
 
+def test_the_mixers_have_their_published_options():
+    found = json.loads((GOLDEN / "mixers.json").read_text(encoding="utf-8"))
+    lines = config.difference(found, mixers())
+    assert not lines, "\n  ".join(["options of mixers changed:", *lines])
+
+
 def test_every_golden_file_has_a_config():
-    assert {path.stem for path in GOLDEN.glob("*.json")} == {path.stem for path in FILES}
+    stems = {path.stem for path in GOLDEN.glob("*.json")}
+    assert stems == {path.stem for path in FILES} | {"mixers"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -74,9 +89,10 @@ def test_the_docstring_gives_the_command(path):
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for unused in {p.stem for p in GOLDEN.glob("*.json")} - {p.stem for p in FILES}:
+    written = {path.stem: flattened(path) for path in FILES} | {"mixers": mixers()}
+    for unused in {p.stem for p in GOLDEN.glob("*.json")} - written.keys():
         (GOLDEN / f"{unused}.json").unlink()
-    for path in FILES:
-        text = json.dumps(flattened(path), indent=2, sort_keys=True) + "\n"
-        (GOLDEN / f"{path.stem}.json").write_text(text, encoding="utf-8")
-        print(f"wrote {(GOLDEN / f'{path.stem}.json').relative_to(ROOT)}")
+    for stem, settings in written.items():
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (GOLDEN / f"{stem}.json").write_text(text, encoding="utf-8")
+        print(f"wrote {(GOLDEN / f'{stem}.json').relative_to(ROOT)}")

@@ -38,6 +38,11 @@ def test_a_loop_of_unknown_length_is_refused():
         cost.flops(lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x), jnp.ones(()))
 
 
+def test_what_is_not_counted_is_refused():
+    with pytest.raises(ValueError, match="an operation that is not counted"):
+        cost.flops(jnp.linalg.cholesky, jnp.eye(3))
+
+
 def test_the_scan_of_a_memory_costs_its_equation():
     """DeltaNet token by token: S^T k, the outer product, and S^T q, each 2 K V at the least."""
     cell = cells.get("delta_net").cell()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from contract import distance
 
-from memjax import registry
+from memjax import cells, registry
 from memjax.nn.layers import Context
+from memjax.typing import fields
 
 B, T, D = 2, 13, 16
 
@@ -101,7 +102,41 @@ def test_mamba2_is_its_papers_layer():
     assert inputs_of(module, params, x, ctx).k.shape == (B, T, 2, 5)  # not repeated
 
 
-GROUPED = ("linear_attention", "simple_gla", "delta_net", "gated_delta_net", "kda", "comba")
+@pytest.mark.parametrize("name", cells.names())
+def test_gates_stay_in_float32_when_the_rest_is_bfloat16(name):
+    """A decay or a rate in bfloat16 has three digits; what is stored and read may be narrow."""
+    module = registry.get(name).mixer(dim=D, heads=2, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
+    ctx = Context(None, None, jnp.zeros((B, T), jnp.int32))
+
+    def run(x):
+        params = nn.unbox(module.init(jax.random.key(0), x, None, ctx))
+        return module.apply(params, x, {}, ctx, method="inputs")[0], module.apply(
+            params, x, None, ctx
+        )
+
+    xs, (y, state, _) = jax.eval_shape(run, x)
+    assert y.dtype == jnp.bfloat16
+    for leaf, field in fields(module.make_cell().inputs).items():
+        gate = field.kind in ("log_decay", "rate")
+        assert getattr(xs, leaf).dtype == (jnp.float32 if gate else jnp.bfloat16), leaf
+
+
+GROUPED = (
+    "linear_attention", "retnet", "simple_gla", "gla", "dplr", "delta_net", "gated_delta_net",
+    "kda", "comba", "delta_product",
+)  # fmt: skip
+
+
+# Parameters with one part for each key head.
+SHARED = {"query", "key", "feedback", "correction", "decay", "rate"}
+
+
+def repeat(path, leaf):
+    """Each key head twice: the heads' axis is behind that of a projection's input, if any."""
+    if any(key.key == "first" for key in path):
+        return leaf
+    return jnp.repeat(leaf, 2, axis=1 if path and path[-1].key == "kernel" else 0)
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -114,11 +149,8 @@ def test_value_heads_share_queries_and_keys(name):
     y, state, _ = module.apply({"params": params}, x, None, ctx)
     assert jax.tree.leaves(state["memory"])[0].shape[1] == 4
     wide = dict(params)
-    for part in ("query", "key"):
-        wide[part] = {"kernel": jnp.repeat(params[part]["kernel"], 2, axis=1)}
-    for part in ("feedback", "correction"):
-        if part in wide:
-            wide[part] = jnp.repeat(params[part], 2)
+    for part in (SHARED | ({"log_decay"} if name == "dplr" else set())) & wide.keys():
+        wide[part] = jax.tree_util.tree_map_with_path(repeat, params[part])
     plain = registry.get(name).mixer(dim=D, std=0.3, **{**options, "heads": 4})
     expected, same, _ = plain.apply({"params": wide}, x, None, ctx)
     assert distance(y, np.asarray(expected)) < 1e-5
@@ -137,6 +169,7 @@ def test_value_heads_share_queries_and_keys(name):
         ("mamba2", {"heads": 3}, "heads 3 must divide expand dim = 32"),
         ("mamba2", {"heads": 4, "groups": 3}, "multiple of groups 3"),
         ("kda", {"gate_rank": "low"}, "gate_rank 'low': allowed are full, value"),
+        ("comba", {"beta_max": 2.0}, r"comba: beta_max must lie in \(0, 1\]; given 2.0"),
         ("delta_product", {"steps": 0}, "steps must be at least 1; given 0"),
     ],
 )

@@ -29,9 +29,12 @@ def test_each_line_of_json_is_a_document(tmp_path):
     ("lines", "message"),
     [
         ('{"text": "a"}\n{"text": "b', r"x.jsonl, line 2: no JSON .*mend the line"),
-        ('{"body": "a"}\n', r"line 1: no text in the field 'text'; it has body: set data.field"),
+        (
+            '{"body": "a"}\n',
+            r"line 1: no text in the field 'text'; it has body \(str\): set data.field",
+        ),
         ("[1, 2]\n", r"line 1: no text in the field 'text'; it has list"),
-        ('{"text": 3}\n', r"line 1: no text in the field 'text'; it has text"),
+        ('{"text": 3}\n', r"line 1: no text in the field 'text'; it has text \(int\)"),
     ],
 )
 def test_json_that_cannot_be_read_is_refused(tmp_path, lines, message):
@@ -67,7 +70,14 @@ def bpe():
 
 
 @pytest.mark.parametrize(
-    "given", [b"", b"The old cat sees 7 birds.\n", "Zwölf いろは".encode(), bytes(range(256))]
+    "given",
+    [
+        b"",
+        b"The old cat sees 7 birds.\n",
+        "Zwölf いろは".encode(),
+        bytes(range(256)),
+        b"<pad> <begin><unused> <s>",
+    ],
 )
 def test_byte_pairs_lose_nothing(bpe, given):
     ids = bpe.encode(given)
@@ -105,7 +115,7 @@ def test_a_run_on_byte_pairs_trains_and_writes_text(bpe, tmp_path):
     made = data.make(runs.load(runs.TEXT, settings).data, batch=4, seed=0)
     assert made.tokeniser.vocab == 300 and made.bytes_per_token > 1
     assert made.fingerprint["tokens"].startswith("bpe of 300, ")
-    kept = generate.load_tokeniser(str(tmp_path / "run"))
+    kept = generate.load_tokeniser(str(tmp_path / "run"), 300)
     assert kept == made.tokeniser
     nats = summary["loss"]
     assert summary["bits_per_byte"] == pytest.approx(nats / np.log(2) / made.bytes_per_token)

@@ -42,6 +42,10 @@ class Average(MemoryCell):
     key_dim: int
     value_dim: int
 
+    def __post_init__(self):
+        if min(self.key_dim, self.value_dim) < 1:
+            raise ValueError(f"Average: key_dim and value_dim must be at least 1; given {self}")
+
     def init_state(self, params) -> Float[Array, "K V"]:
         return jnp.zeros((self.key_dim, self.value_dim), jnp.float32)
 

@@ -7,6 +7,7 @@ Hu et al. 2025, arXiv 2506.02475. p reads the state before it decays, as in the 
 their sequential reference lets it decay first, which is p = exp(g) p here. The mixer forms
 p = sigmoid(b_h) k and hands in q - D_h p as q, from unit-norm q and k without a second norm, so
 that b_h keeps its meaning; the sources leave that open. Gated DeltaNet is p = exp(g) k, D = 0.
+Along a key of unit norm the transition is exp(g) - beta p.k: stable for p.k and beta in [0, 1].
 """
 
 import dataclasses
@@ -56,6 +57,8 @@ class CombaMixer(GatedDeltaNetMixer):
 
     def setup(self):
         super().setup()
+        if self.beta_max > 1:
+            raise ValueError(f"comba: beta_max must lie in (0, 1]; given {self.beta_max}")
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("heads",))
         self.feedback = self.param("feedback", ones, (self.heads,), jnp.float32)
         self.correction = self.param("correction", ones, (self.heads,), jnp.float32)

@@ -67,6 +67,11 @@ class LinearAttention(MatrixMemory):
         if self.feature_map not in FEATURE_MAPS:
             allowed = ", ".join(FEATURE_MAPS)
             raise ValueError(f"feature_map {self.feature_map!r}: allowed are {allowed}")
+        if self.normalise and self.feature_map not in ("elu_plus_one", "taylor"):
+            raise ValueError(
+                f"normalise needs a positive kernel, feature_map elu_plus_one or taylor; given "
+                f"{self.feature_map!r}"
+            )
 
     def init_state(self, params) -> Float[Array, "F V"]:
         features = FEATURE_MAPS[self.feature_map](jnp.zeros((self.key_dim,)))
@@ -92,7 +97,8 @@ class LinearAttention(MatrixMemory):
 class LinearAttentionMixer(ProjectionMixer):
     """Projections and output norm around linear attention.
 
-    There is no short convolution unless it is asked for: it ends in a SiLU of its own.
+    There is no short convolution unless it is asked for: it ends in a SiLU of its own. Based is
+    feature_map="taylor", normalise=True, key_dim=16, norm="none".
     """
 
     convolution: int = 0

@@ -27,7 +27,7 @@ class Mamba2Mixer(Mixer):
 
     expand: int = 2
     groups: int = 1
-    state_dim: int = 64
+    state_dim: int = 128
     convolution: int = 4
 
     @property

@@ -181,12 +181,13 @@ def from_glob(pattern: str, field: str = "text") -> Corpus:
 def _load(found, origin, field="text"):
     documents = []
     for name, path in found:
-        read = _READERS.get(os.path.splitext(path)[1], _whole)
+        read = _READERS.get(os.path.splitext(path)[1].lower(), _whole)
         try:
             documents += read(name, path, field)
         except OSError as error:
+            reason = error.strerror or error
             raise ValueError(
-                f"{origin}: cannot read {path} ({error.strerror}); every file must be readable: "
+                f"{origin}: cannot read {path} ({reason}); every file must be readable: mend it, "
                 "change its permissions, or leave it out"
             ) from error
     if not any(text for _, text in documents):
@@ -216,7 +217,9 @@ def _jsonl(name, path, field):
                     f"with the field {field!r}: mend the line, or the file's end if it was cut off"
                 ) from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                given = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                given = type(row).__name__
+                if isinstance(row, dict):
+                    given = ", ".join(f"{k} ({type(v).__name__})" for k, v in row.items())
                 raise ValueError(
                     f"{path}, line {number + 1}: no text in the field {field!r}; it has {given}: "
                     "set data.field to the one that holds the text"

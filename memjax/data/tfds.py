@@ -24,7 +24,12 @@ class Rows(Sequence):
         if index >= len(self):
             raise IndexError(index)
         text = self._source[index][self._field]
-        return text.encode() if isinstance(text, str) else bytes(text)
+        if not isinstance(text, (str, bytes)):
+            raise ValueError(
+                f"the feature {self._field!r} holds {type(text).__name__}, no text: set data.field "
+                "to the one that holds the text"
+            )
+        return text.encode() if isinstance(text, str) else text
 
 
 def load(
@@ -62,6 +67,10 @@ def load(
             "one that holds the text"
         )
     rows, held = (Rows(source, field) for source in sources)
+    for split, texts in ((train, rows), (heldout, held)):
+        if not len(texts):
+            raise ValueError(f"{named}: the split {split!r} is empty; choose a larger one")
+    rows[0]  # refuses a field that is no text before anything else is done
     kept = [(f"{heldout}#{i:08d}", held[i]) for i in range(min(HELDOUT, len(held)))]
     facts = {
         "source": f"tfds {builder.info.full_name}",

@@ -13,7 +13,8 @@ import numpy as np
 
 PAD, BOS = 0, 1
 OFFSET = 3  # tokens that are no text
-_SPECIAL = ("<pad>", "<begin>", "<unused>")
+# No text has them: it reaches the model as characters up to U+00FF.
+_SPECIAL = ("\u0100pad", "\u0100begin", "\u0100unused")
 # Words, numbers and everything that is not ASCII; punctuation; white space: merges stay inside.
 _PIECES = r" ?[A-Za-z0-9_\x80-\xff]+| ?[^\sA-Za-z0-9_\x80-\xff]+|\s+(?!\S)|\s+"
 

@@ -107,7 +107,8 @@ class ProjectionMixer(Mixer):
 
     value_heads: H, a multiple of `heads`, which counts queries and keys: the heads of a group
     share them and have values, gates and memories of their own; None for as many.
-    key_dim, value_dim: per head; None for dim / heads and dim / H. convolution: width of the
+    key_dim, value_dim: per head; None for dim / heads and dim / H, where several papers' large
+    models have wider values (RetNet, Gated DeltaNet: twice). convolution: width of the
     short convolution, 0 for none. norm: "rms", "layer" or "none", over V. gate: "silu",
     "sigmoid" or "none". gate_rank: "full", or "value" for W_g = W_2 W_1 + b of rank V.
     """
@@ -177,7 +178,10 @@ class ProjectionMixer(Mixer):
         return *projected, new
 
     def project_unit(self, x: Float[Array, "B T D"], state: dict, ctx: Context):
-        """The same with q and k of unit norm, behind a SiLU also where there is no convolution."""
+        """The same with q and k of unit norm, behind a SiLU also where there is no convolution.
+
+        Values pass without one there; our choice, some implementations apply it to them too.
+        """
         q, k, v, state = self.project(x, state, ctx)
         if not self.convolution:
             q, k = jax.nn.silu(q), jax.nn.silu(k)

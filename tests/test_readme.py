@@ -1,0 +1,38 @@
+"""The table of cells that goes into the README."""
+
+import pytest
+
+from memjax import cells, readme
+
+
+def record(form, both, decode, **changes):
+    known = {"cell": "delta_net", "length": readme.LENGTH, "state_bytes": 65536}
+    return {**known, "form": form, "both_ms": both, "decode_us": decode, **changes}
+
+
+RECORDS = [
+    record("scan", 409.6, 40.2),
+    record("chunked", 81.92, 30.4),
+    record("scan", 1.0, 1.0, length=64),
+    record("a peer", 5.0, None, state_bytes=None),
+]
+
+
+def test_the_table_has_a_row_for_every_cell():
+    lines = readme.table(RECORDS).splitlines()
+    assert len(lines) == 2 + len(cells.names())
+    row = next(line for line in lines if "`delta_net`" in line)
+    assert "| 64 KiB | 100.0 | 20.0 | 30 | [2102.11174](https://arxiv.org/abs/2102.11174)" in row
+    assert "each write first removes what its key already reads" in row
+    other = next(line for line in lines if "`kda`" in line)
+    assert other.count("| - ") == 4
+
+
+def test_only_what_is_between_the_marks_changes():
+    text = f"before\n{readme.BEGIN}old\n{readme.END}after\n"
+    new = readme.written(text, RECORDS)
+    assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
+    assert readme.written(new, RECORDS) == new
+    for broken in ("no marks", f"{readme.BEGIN}no end", f"no begin{readme.END}"):
+        with pytest.raises(ValueError, match="the text needs the lines"):
+            readme.written(broken, RECORDS)
