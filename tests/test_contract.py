@@ -67,7 +67,7 @@ def test_values_and_gradients(case):
             checks.check_forms(case, form, contract.problem(case, 0, 29, scenario))
 
 
-@each(CELLS)
+@each(CELLS, fast=LEADERS)
 def test_values_and_gradients_of_one_plain_document(case):
     given = contract.problem(case, 1, 29, "correlated", state=False, masks=False)
     for form in contract.forms(case):
@@ -118,7 +118,7 @@ def test_resets_and_unwritten_tokens(case):
         checks.check_removed(case, form)
 
 
-@each(CASES)
+@each(CASES, fast=CELLS)
 def test_causality(case):
     for form in contract.forms(case):
         checks.check_causality(case, form)

@@ -143,7 +143,7 @@ def test_other_data_is_refused(command, workdir, tmp_path):
         code, _, err = command(f"--workdir={workdir}")
     finally:
         shutil.copy(tmp_path / "a.txt", page)
-    assert code == 2 and "whose content is" in err and "evaluate on the same data" in err
+    assert code == 2 and "whose bytes is" in err and "evaluate on the same data" in err
 
 
 @pytest.mark.parametrize(

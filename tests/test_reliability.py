@@ -167,6 +167,7 @@ def limited(args: list[str], size: int) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path):
     """At a later checkpoint: the earlier one stays, and with room again the run goes on from it."""
     settings = {**runs.TASK, "steps": 80, "checkpoint.every": 4, "eval.every": 0}

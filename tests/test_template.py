@@ -45,6 +45,7 @@ def test_it_trains_on_mqar(copy):
     assert summary["finished"] and summary["step"] == TASK["steps"]
 
 
+@pytest.mark.slow
 def test_it_passes_the_tests_of_every_cell(copy):
     shown = run(
         copy, "pytest", "-q", "-p", "no:cacheprovider", "tests", "-m", "not slow",

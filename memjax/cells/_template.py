@@ -76,6 +76,6 @@ register(
         name="template",
         cell=lambda: Average(8, 6),
         mixer=AverageMixer,
-        paper="none: an example",
+        paper="the paper, arXiv 0000.00000",
     )
 )
