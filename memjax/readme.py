@@ -14,11 +14,19 @@ from typing import Any
 
 from memjax import cells
 from memjax.cell import FORMS
-from memjax.registry import CellSpec
+from memjax.config import UserError, exit_on_user_error, user_errors, write_text
 
 BEGIN, END = "<!-- cells: written by python -m memjax.readme -->\n", "<!-- /cells -->\n"
 LENGTH = 4096
-HEADINGS = ("cell", "what it is", "state", "scan", "chunked", "decode", "paper")
+HEADINGS = (
+    "cell",
+    "recurrence (one head, one token)",
+    "state",
+    "scan",
+    "chunked",
+    "decode",
+    "paper",
+)
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -33,19 +41,13 @@ def rows(records: Records) -> Iterator[list[str]]:
         decode = [r["decode_us"] for r in found.values()]
         yield [
             f"`{name}`",
-            what(spec),
+            spec.recurrence,
             number(max(states, default=None), 1024, "{:.0f} KiB"),
             *(number(found[f]["both_ms"] if f in found else None, LENGTH / 1e3, "{:.1f}")
               for f in ("scan", "chunked")),
             number(min(decode, default=None), 1, "{:.0f}"),
             link(spec.paper),
         ]  # fmt: skip
-
-
-def what(spec: CellSpec) -> str:
-    """The first sentence of the file that registers the cell, without the name in front."""
-    text = (sys.modules[spec.mixer.__module__].__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    return text.partition(": ")[2].rstrip(".") or text.rstrip(".")
 
 
 def number(value: float | None, unit: float, shown: str) -> str:
@@ -64,21 +66,24 @@ def table(records: Records) -> str:
 
 
 def written(readme: str, records: Records) -> str:
-    """The README's text with the table between its marks; ValueError without them."""
+    """The README's text with the table between its marks; UserError without them."""
     before, begun, rest = readme.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not (begun and ended):
-        raise ValueError(f"the text needs the lines {BEGIN.strip()} and {END.strip()}")
+        raise UserError(f"the text needs the lines {BEGIN.strip()} and {END.strip()}")
     return before + BEGIN + table(records) + END + after
 
 
+@exit_on_user_error
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) != 2:
-        sys.exit("usage: python -m memjax.readme README.md FIGURES.json")
-    readme, figures = map(pathlib.Path, arguments)
-    records = json.loads(figures.read_text(encoding="utf-8"))["records"]
-    readme.write_text(written(readme.read_text(encoding="utf-8"), records), encoding="utf-8")
+    if len(arguments) != 3:
+        raise UserError("usage: python -m memjax.readme README.md FIGURES.json")
+    readme, figures = map(pathlib.Path, arguments[1:])
+    with user_errors(f"memjax.readme {readme} {figures}", OSError, ValueError, KeyError):
+        records = json.loads(figures.read_text(encoding="utf-8"))["records"]
+        text = written(readme.read_text(encoding="utf-8"), records)
+        write_text(str(readme), text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv)

@@ -19,6 +19,7 @@ class CellSpec:
     cell: makes the cell of the contract tests; takes no argument.
     mixer: the Linen module that puts the cell into a model.
     paper: where the recurrence stands.
+    recurrence: what one token does to one memory, as a line of text for the README's table.
     variants: further cells that must pass the same tests, by name.
     """
 
@@ -26,6 +27,7 @@ class CellSpec:
     cell: Callable[[], Any]
     mixer: type
     paper: str
+    recurrence: str
     variants: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
 
 

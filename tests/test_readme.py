@@ -1,8 +1,12 @@
 """The table of cells that goes into the README."""
 
+import json
+import pathlib
+
 import pytest
 
 from memjax import cells, readme
+from memjax.errors import UserError
 
 
 def record(form, both, decode, **changes):
@@ -23,7 +27,7 @@ def test_the_table_has_a_row_for_every_cell():
     assert len(lines) == 2 + len(cells.names())
     row = next(line for line in lines if "`delta_net`" in line)
     assert "| 64 KiB | 100.0 | 20.0 | 30 | [2102.11174](https://arxiv.org/abs/2102.11174)" in row
-    assert "each write first removes what its key already reads" in row
+    assert cells.get("delta_net").recurrence in row
     other = next(line for line in lines if "`kda`" in line)
     assert other.count("| - ") == 4
 
@@ -34,5 +38,30 @@ def test_only_what_is_between_the_marks_changes():
     assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
     assert readme.written(new, RECORDS) == new
     for broken in ("no marks", f"{readme.BEGIN}no end", f"no begin{readme.END}"):
-        with pytest.raises(ValueError, match="the text needs the lines"):
+        with pytest.raises(UserError, match="the text needs the lines"):
             readme.written(broken, RECORDS)
+
+
+def test_the_readme_is_fresh():
+    root = pathlib.Path(__file__).parents[1]
+    figures = root / "experiments/benchmark/cpu.json"
+    records = json.loads(figures.read_text(encoding="utf-8"))["records"]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    again = f"run python -m memjax.readme README.md {figures.relative_to(root)}"
+    assert readme.written(text, records) == text, again
+
+
+def test_what_cannot_be_read_is_named(tmp_path, capsys):
+    page, figures = tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text("no marks")
+    for content, named in (
+        ("{", "figures.json"),
+        ("{}", "records"),
+        ('{"records": []}', "needs the lines"),
+    ):
+        figures.write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            readme.main(["", str(page), str(figures)])
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and named in error, error
+    assert page.read_text() == "no marks"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,7 @@ SLOW = pytest.mark.slow
     ("data", "fsdp"), [(2, 4), pytest.param(8, 1, marks=SLOW), pytest.param(1, 8, marks=SLOW)]
 )
 def test_eight_devices_train_as_one_does(tmp_path, data, fsdp):
+    """And one device continues what eight have begun."""
     settings = {**runs.TASK, "batch": 8, "model.dim": 16}
     run = memjax.build(runs.load(LINEAR, settings))
     state, alone = advance(run, 3, run.init())
@@ -259,6 +261,12 @@ def test_eight_devices_train_as_one_does(tmp_path, data, fsdp):
     assert found["devices"] == 8 and found["as planned"] and found["finished"]
     if fsdp > 1:  # the embedding and its two moments, split along embed
         assert found["embeddings"] == [[None, "fsdp"]] * 3
+    before = runs.records(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    assert train.train(runs.load(LINEAR, settings), str(tmp_path))["finished"]
+    again = runs.records(tmp_path)
+    assert [row["step"] for row in again] == [row["step"] for row in before]
+    np.testing.assert_allclose(*([r["loss"] for r in rows] for rows in (again, before)), rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the run

@@ -77,5 +77,6 @@ register(
         cell=lambda: Average(8, 6),
         mixer=AverageMixer,
         paper="the paper, arXiv 0000.00000",
+        recurrence="S += β (k vᵀ − S)",
     )
 )

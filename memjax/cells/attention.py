@@ -268,6 +268,7 @@ register(
         variants={"wide": lambda: SlidingWindow(8, 6, window=40, block=16)},
         mixer=SlidingWindowMixer,
         paper="Beltagy et al. 2020, arXiv 2004.05150",
+        recurrence="softmax over the last W tokens, O(T W)",
     )
 )
 register(
@@ -276,5 +277,6 @@ register(
         cell=lambda: Attention(8, 6, window=512, block=16),
         mixer=AttentionMixer,
         paper="Vaswani et al. 2017, arXiv 1706.03762",
+        recurrence="softmax over all tokens; the state is a ring of keys and values",
     )
 )

@@ -76,5 +76,6 @@ register(
         cell=lambda: Comba(8, 6),
         mixer=CombaMixer,
         paper="Hu et al. 2025, arXiv 2506.02475",
+        recurrence="S = e^g S + β k (v − Sᵀp)ᵀ, p = σ(b) k",
     )
 )

@@ -77,5 +77,6 @@ register(
         cell=lambda: DeltaNet(8, 6),
         mixer=DeltaNetMixer,
         paper="Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv 2406.06484",
+        recurrence="S += β k (v − Sᵀk)ᵀ, β up to 2",
     )
 )

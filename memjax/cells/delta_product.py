@@ -104,5 +104,6 @@ register(
         cell=lambda: DeltaProduct(8, 6),
         mixer=DeltaProductMixer,
         paper="Siems et al. 2025, arXiv 2502.10297",
+        recurrence="S = e^g S, then M delta rules",
     )
 )

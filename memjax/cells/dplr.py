@@ -73,5 +73,6 @@ register(
         cell=lambda: DPLR(8, 6),
         mixer=DPLRMixer,
         paper="Peng et al. 2025, arXiv 2503.14456",
+        recurrence="S = diag(e^g) S + b (Sᵀa)ᵀ + k vᵀ, the core of RWKV-7",
     )
 )

@@ -65,5 +65,6 @@ register(
         cell=lambda: GatedDeltaNet(8, 6),
         mixer=GatedDeltaNetMixer,
         paper="Yang et al. 2024, arXiv 2412.06464",
+        recurrence="S = e^g S, then the delta rule",
     )
 )

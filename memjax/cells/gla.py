@@ -75,5 +75,6 @@ register(
         cell=lambda: GLA(8, 6),
         mixer=GLAMixer,
         paper="Yang et al. 2023, arXiv 2312.06635",
+        recurrence="S = diag(e^g) S + k vᵀ",
     )
 )

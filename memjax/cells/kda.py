@@ -69,5 +69,6 @@ register(
         cell=lambda: KDA(8, 6),
         mixer=KDAMixer,
         paper="Kimi Team 2025, arXiv 2510.26692",
+        recurrence="S = diag(e^g) S, then the delta rule",
     )
 )

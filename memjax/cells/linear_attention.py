@@ -126,5 +126,6 @@ register(
         },
         mixer=LinearAttentionMixer,
         paper="Katharopoulos et al. 2020, arXiv 2006.16236",
+        recurrence="S += φ(k) vᵀ, with or without a normaliser; φ: identity, elu+1, silu, Taylor",
     )
 )

@@ -90,5 +90,6 @@ register(
         cell=lambda: SimpleGLA(8, 6),
         mixer=Mamba2Mixer,
         paper="Dao & Gu 2024, arXiv 2405.21060",
+        recurrence="simple_gla in Mamba-2's layer",
     )
 )

@@ -42,5 +42,6 @@ register(
         cell=lambda: SimpleGLA(8, 6),
         mixer=RetNetMixer,
         paper="Sun et al. 2023, arXiv 2307.08621",
+        recurrence="simple_gla with a fixed g for each head",
     )
 )
