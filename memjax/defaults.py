@@ -30,6 +30,7 @@ def config(
             "vocab": 259,
             "dim": 256,
             "layers": layers,
+            "channel": "swiglu",
             "mlp": 8 / 3,
             "norm": "rms",
             "tie": True,

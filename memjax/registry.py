@@ -47,10 +47,24 @@ class BlockSpec:
     defaults: tuple[str, ...] = ()
 
 
-_SPECS: dict[str, CellSpec | BlockSpec] = {}
+@dataclasses.dataclass(frozen=True)
+class ChannelSpec:
+    """A channel mixer, which follows the token mixer in a layer.
+
+    mixer: the Linen module, (x, state, ctx) -> (y, state, ctx), with the fields dim, hidden, std,
+    out_scale and dtype.
+    """
+
+    name: str
+    mixer: type
+    paper: str
 
 
-def register(spec: CellSpec | BlockSpec) -> None:
+Spec = CellSpec | BlockSpec | ChannelSpec
+_SPECS: dict[str, Spec] = {}
+
+
+def register(spec: Spec) -> None:
     """Adds a spec; a name that is taken raises ValueError."""
     if spec.name in _SPECS and _SPECS[spec.name].mixer.__module__ != spec.mixer.__module__:
         taken = _SPECS[spec.name].mixer.__module__
@@ -69,16 +83,25 @@ def _discover() -> None:
 
 
 def names(kind: type = CellSpec) -> list[str]:
-    """Registered names of one kind (CellSpec or BlockSpec), sorted."""
+    """Registered names of one kind (CellSpec, BlockSpec or ChannelSpec), sorted."""
     _discover()
     return sorted(name for name, spec in _SPECS.items() if isinstance(spec, kind))
 
 
-def get(name: str) -> CellSpec | BlockSpec:
+def get(name: str) -> Any:
     """The spec of a registered cell or block; ValueError with a suggestion when there is none."""
-    _discover()
-    if name not in _SPECS:
-        raise ValueError(unknown("cell or block", name, sorted(_SPECS)))
+    return _find("cell or block", name, (CellSpec, BlockSpec))
+
+
+def channel(name: str) -> Any:
+    """The spec of a registered channel mixer; ValueError with a suggestion when there is none."""
+    return _find("channel mixer", name, (ChannelSpec,))
+
+
+def _find(what: str, name: str, kinds: tuple[type, ...]) -> Any:
+    allowed = sorted(n for kind in kinds for n in names(kind))
+    if name not in allowed:
+        raise ValueError(unknown(what, name, allowed))
     return _SPECS[name]
 
 

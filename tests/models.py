@@ -10,6 +10,7 @@ import functools
 import contract
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import memjax
@@ -34,6 +35,8 @@ CELLS = {name: (((name,), 1),) for name in memjax.cells.names()}
 COMBINED = {
     "scanned": ((("base_conv",), 1), (("hybrid(sliding_window, gated_delta_net)",), 2)),
     "sequential": ((("hybrid(attention, linear_attention)",), 1),),
+    "rwkv4_channel": ((("rwkv4",), 2),),
+    "rwkv7_channel": ((("base_conv",), 1), (("rwkv7",), 2)),
     "nested": ((("hybrid(attention, hybrid(sliding_window, delta_net))",), 1),),
 }
 FAST = {**CELLS, **COMBINED}
@@ -72,13 +75,21 @@ def config(name: str, **changes) -> ModelConfig:
     """The tiny config of one name of `ALL`; weights large enough that each layer matters."""
     combine = {"hybrid": {"combine": "sequential"}} if name.startswith("sequential") else {}
     settings = dict(layers=ALL[name], vocab=VOCAB, dim=16, mlp=1.0, std=0.3)
+    settings |= {"channel": name} if name.endswith("_channel") else {}
     settings["mixers"] = options(settings["layers"], combine)
     return ModelConfig(**{**settings, **changes})
 
 
 def initialise(shell: LanguageModel, seed: int = 1):
-    """Its parameters, unboxed."""
-    return nn.unbox(jit(functools.partial(init_params, shell))(jax.random.key(seed)))
+    """Its parameters, unboxed; kernels that start at zero are moved, so that each layer matters."""
+    params = nn.unbox(jit(functools.partial(init_params, shell))(jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
+
+    def move(path, leaf):
+        zero = "kernel" in jax.tree_util.keystr(path[-1:]) and not np.any(leaf)
+        return jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype) if zero else leaf
+
+    return jax.tree_util.tree_map_with_path(move, params)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.nn.layers import Context, Dense, Norm
+from memjax.registry import ChannelSpec, register
 from memjax.typing import Array, DTypeLike, Float, PyTree
 
 
@@ -27,6 +28,9 @@ class SwiGLU(nn.Module):
         std = self.std * self.out_scale
         down = Dense((self.dim,), ("embed",), ("mlp",), std=std, dtype=self.dtype, name="down")
         return down(jax.nn.silu(gate) * up), None, ctx
+
+
+register(ChannelSpec(name="swiglu", mixer=SwiGLU, paper="Shazeer 2020, arXiv 2002.05202"))
 
 
 class Block(nn.Module):
@@ -53,4 +57,4 @@ class Block(nn.Module):
             normed = Norm(self.norm, name="channel_norm")(x)
             y, new["channel"], ctx = self.channel(name="channel")(normed, state["channel"], ctx)
             x = x + y
-        return x, new, ctx
+        return x, new, ctx.replace(layer=ctx.layer + 1)

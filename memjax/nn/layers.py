@@ -1,7 +1,10 @@
 """Layers that mixers are made of. Every parameter carries logical axis names for sharding."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,23 +21,61 @@ class Context:
     reset: True where a token is the first of a document; None when no document starts here.
     write: False where a token only reads (padding); None when all are written.
     position: number of written tokens in front of each token in its document.
+    layer: index of the layer that is told, from 0; an array inside a scan over layers.
+    depth: number of layers of the model.
+    published: what earlier layers have for later ones: name -> (whether one has set it, an array
+      [B, T, ...]); see `Mixer.published`.
     differentiate: whether gradients will be taken, known when the model is traced.
     """
 
     reset: Bool[Array, "B T"] | None
     write: Bool[Array, "B T"] | None
     position: Int[Array, "B T"]
+    layer: Int[Array, ""] | int = 0
+    depth: int = 1
+    published: Mapping[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
     differentiate: bool = True
+
+    def replace(self, **changes: Any) -> "Context":
+        """A copy with these fields changed."""
+        return dataclasses.replace(self, **changes)
 
 
 jax.tree_util.register_dataclass(
-    Context, data_fields=["reset", "write", "position"], meta_fields=["differentiate"]
+    Context,
+    data_fields=["reset", "write", "position", "layer", "published"],
+    meta_fields=["depth", "differentiate"],
 )
 
 
 def normal(std: float) -> Callable:
     """Initialiser: N(0, std^2)."""
     return nn.initializers.normal(std)
+
+
+def uniform(bound: float) -> Callable:
+    """Initialiser: U(-bound, bound)."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def orthogonal(gain: float) -> Callable:
+    """Initialiser of [rows, columns]: gain times a random matrix with orthonormal rows or columns.
+
+    The polar factor of a Gaussian matrix, by Newton and Schulz's iteration X <- (3 X - X X^T X)/2:
+    batched LAPACK calls can deadlock two CPU threads in jax 0.10.
+    """
+
+    def init(key, shape, dtype):
+        flat = jax.random.normal(key, (min(shape), max(shape)), dtype)
+        dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+        def step(_, x):
+            return 1.5 * x - 0.5 * dot(dot(x, x.T), x)
+
+        flat = jax.lax.fori_loop(0, 48, step, flat / jnp.linalg.norm(flat))
+        return gain * (flat if shape[0] <= shape[1] else flat.T)
+
+    return init
 
 
 def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -69,6 +110,7 @@ class Dense(nn.Module):
     """y = x W (+ b): contracts the last `contract` axes of x, with logical axis names on W.
 
     shape, axes: sizes and logical names of the output axes; inner: names of the contracted axes.
+    initial: initialiser of W as a matrix [contracted, output]; None for N(0, std^2).
     """
 
     shape: tuple[int, ...]
@@ -77,12 +119,19 @@ class Dense(nn.Module):
     std: float = 0.02
     bias: bool = False
     dtype: DTypeLike = jnp.float32
+    initial: Callable | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         contract = len(self.inner)
         size = x.shape[-contract:]
-        init = nn.with_logical_partitioning(normal(self.std), (*self.inner, *self.axes))
+
+        def matrix(key, shape, dtype):
+            init = self.initial or normal(self.std)
+            flat = init(key, (math.prod(size), math.prod(self.shape)), dtype)
+            return flat.reshape(shape)
+
+        init = nn.with_logical_partitioning(matrix, (*self.inner, *self.axes))
         kernel = self.param("kernel", init, (*size, *self.shape), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = jnp.tensordot(x, kernel, axes=contract)
@@ -109,6 +158,14 @@ class LowRank(nn.Module):
         return Dense(self.shape, self.axes, (None,), bias=self.bias, name="second", **sizes)(x)
 
 
+def standardise(x: Float[Array, "... D"], centre: bool, epsilon: float) -> Float[Array, "... D"]:
+    """x over its root mean square along the last axis, minus its mean with `centre`; float32."""
+    y = widen(x)
+    if centre:
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+
+
 class Norm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32.
 
@@ -124,10 +181,7 @@ class Norm(nn.Module):
         if self.kind not in ("rms", "layer"):
             raise ValueError(f"norm {self.kind!r}: allowed are 'rms' and 'layer'")
         shape = x.shape[-len(self.axes) :]
-        y = widen(x)
-        if self.kind == "layer":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        y = standardise(x, self.kind == "layer", self.epsilon)
         ones = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
         y = y * self.param("scale", ones, shape, jnp.float32)
         if self.kind == "layer":
@@ -153,12 +207,7 @@ class ShortConvolution(nn.Module):
         self, x: Float[Array, "B T D"], state: Float[Array, "B n D"] | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B n D"]]:
         batch, _, dim = x.shape
-        bound = self.width**-0.5
-
-        def uniform(key, shape, dtype):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        init = nn.with_logical_partitioning(uniform, (None, "conv"))
+        init = nn.with_logical_partitioning(uniform(self.width**-0.5), (None, "conv"))
         kernel = self.param("kernel", init, (self.width, dim), jnp.float32).astype(self.dtype)
         x = x.astype(self.dtype)
         if state is None:
@@ -166,9 +215,21 @@ class ShortConvolution(nn.Module):
         past, state = lags(x, state, ctx.reset, ctx.write)
         y = sum((a * w for a, w in zip(past, kernel[1:], strict=True)), x * kernel[0])
         if self.bias:
-            init = nn.with_logical_partitioning(uniform, ("conv",))
+            init = nn.with_logical_partitioning(uniform(self.width**-0.5), ("conv",))
             y = y + self.param("bias", init, (dim,), jnp.float32).astype(self.dtype)
         return (self.activation(y) if self.activation else y), state
+
+
+def previous(
+    x: Float[Array, "B T D"], state: Float[Array, "B 1 D"] | None, ctx: Context
+) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:
+    """The input written before each token in its document, zero before the first, and the last.
+
+    What RWKV's token shift sees (Peng et al. 2023, arXiv 2305.13048, Eq. 11); its state.
+    """
+    state = jnp.zeros_like(x[:, :1]) if state is None else state
+    (before,), state = lags(x, state, ctx.reset, ctx.write)
+    return before, state
 
 
 def decay_parameters(low: float, high: float = 16.0) -> tuple[Callable, Callable]:

@@ -8,11 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memjax.nn.block import SwiGLU
+from memjax import registry
 from memjax.nn.layers import Context, Norm, normal
 from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names
 from memjax.recurrence import positions
-from memjax.registry import unknown
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 DTYPES = ("float32", "bfloat16")
@@ -24,8 +23,9 @@ class ModelConfig:
     """The sizes of a model.
 
     vocab: number of token ids. dim: width D. layers: pairs (pattern, repeats), a pattern being a
-    tuple of mixers by name, e.g. ((("delta_net", "sliding_window"), 3),). mlp: hidden width of
-    the SwiGLU as a multiple of dim, 0 for none. norm: "rms" or "layer". tie: use the embedding as
+    tuple of mixers by name, e.g. ((("delta_net", "sliding_window"), 3),). channel: the channel
+    mixer of each layer by name. mlp: its hidden width as a multiple of dim, 0 for no channel mixer.
+    norm: "rms" or "layer". tie: use the embedding as
     output projection. std: standard deviation of all weights; output projections get
     std / sqrt(2 layers). dtype: of the computation, "float32" or "bfloat16" (parameters and the
     loss are float32). remat: "none" or "full". mixers: options by mixer name.
@@ -34,6 +34,7 @@ class ModelConfig:
     vocab: int
     dim: int
     layers: tuple[tuple[tuple[str, ...], int], ...]
+    channel: str = "swiglu"
     mlp: float = 8 / 3
     norm: str = "rms"
     tie: bool = True
@@ -48,6 +49,7 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name} {getattr(self, name)!r}: allowed are {', '.join(allowed)}"
                 )
+        registry.channel(self.channel)
         for name in ("vocab", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1; given {getattr(self, name)}")
@@ -68,7 +70,7 @@ class ModelConfig:
         used = {name for text in named for name in mixer_names(text)}
         for name in self.mixers:
             if name not in used:
-                raise ValueError(unknown("mixer in model.mixers", name, sorted(used)))
+                raise ValueError(registry.unknown("mixer in model.mixers", name, sorted(used)))
         for pattern, _ in groups:
             for text in pattern:
                 make_mixer(text, self.mixers)
@@ -79,10 +81,16 @@ class ModelConfig:
         return sum(len(pattern) * repeats for pattern, repeats in self.layers)
 
 
+def mixers_of(config: ModelConfig) -> list[str]:
+    """The names of all mixers in the layers, sorted."""
+    texts = (text for pattern, _ in config.layers for text in pattern)
+    return sorted({name for text in texts for name in mixer_names(text)})
+
+
 def capacity(config: ModelConfig) -> int | None:
     """The longest context that every layer can hold; None when it is unbounded."""
     limits = []
-    for name in {n for pattern, _ in config.layers for text in pattern for n in mixer_names(text)}:
+    for name in mixers_of(config):
         mixer = make_mixer(name, config.mixers, dim=config.dim)()
         limits.append(getattr(mixer, "capacity", None))
     return min((limit for limit in limits if limit is not None), default=None)
@@ -113,7 +121,8 @@ class LanguageModel(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         state = state or {"position": jnp.zeros(tokens.shape[0], jnp.int32), "layers": None}
         position, end = positions(reset, write, state["position"], tokens.shape[1])
-        ctx = Context(reset, write, position, differentiate)
+        first, published = jnp.zeros((), jnp.int32), self._published(tokens.shape, dtype)
+        ctx = Context(reset, write, position, first, config.depth, published, differentiate)
         init = nn.with_logical_partitioning(normal(config.std), ("vocab", "embed"))
         embedding = self.param("embedding", init, (config.vocab, config.dim), jnp.float32)
         x = jnp.take(embedding.astype(dtype), tokens, axis=0)  # NaN for a token out of range
@@ -130,11 +139,21 @@ class LanguageModel(nn.Module):
         logits = jnp.matmul(x, head.astype(dtype), preferred_element_type=wide)
         return logits, {"position": end, "layers": layers}
 
+    def _published(self, leading: tuple[int, ...], dtype) -> dict[str, tuple[Array, Array]]:
+        """What layers publish, not set yet; a scan over layers needs to know it beforehand."""
+        config, found = self.config, {}
+        for name in mixers_of(config):
+            mixer = make_mixer(name, config.mixers, **self._shared(dtype))()
+            for key, axes in getattr(mixer, "published", dict)().items():
+                found[key] = jnp.zeros((), bool), jnp.zeros((*leading, *axes), dtype)
+        return found
+
+    def _shared(self, dtype) -> dict[str, Any]:
+        out_scale = (2 * self.config.depth) ** -0.5
+        return dict(dim=self.config.dim, std=self.config.std, out_scale=out_scale, dtype=dtype)
+
     def _stack(self, dtype) -> Stack:
-        config = self.config
-        shared = dict(
-            dim=config.dim, std=config.std, out_scale=(2 * config.depth) ** -0.5, dtype=dtype
-        )
+        config, shared = self.config, self._shared(dtype)
         groups = tuple(
             (tuple(make_mixer(text, config.mixers, **shared) for text in pattern), repeats)
             for pattern, repeats in config.layers
@@ -142,7 +161,9 @@ class LanguageModel(nn.Module):
         channel = None
         if config.mlp:
             hidden = 8 * round(config.mlp * config.dim / 8)  # a multiple of 8 for the hardware
-            channel = functools.partial(SwiGLU, hidden=hidden, **shared)
+            channel = functools.partial(
+                registry.channel(config.channel).mixer, hidden=hidden, **shared
+            )
         return Stack(groups, channel, config.norm, config.remat, name="stack")
 
 

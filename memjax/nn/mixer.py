@@ -66,6 +66,15 @@ class Mixer(nn.Module):
         """What the layer gives, from the memory's answers y [B, T, H, ...] and what was kept."""
         raise NotImplementedError(f"{type(self).__name__} must define outputs")
 
+    def published(self) -> dict[str, tuple[int, ...]]:
+        """Name -> axes of one token of what this layer has for later ones; see `publish`."""
+        return {}
+
+    def publish(self, kept: PyTree, ctx: Context) -> Context:
+        """The context for later layers."""
+        del kept
+        return ctx
+
     def __call__(
         self, x: Float[Array, "B T D"], state: dict | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], dict, Context]:
@@ -81,7 +90,7 @@ class Mixer(nn.Module):
             implementation=self.implementation,
             differentiate=ctx.differentiate,
         )
-        return self.outputs(y, kept), {**new, "memory": memory}, ctx
+        return self.outputs(y, kept), {**new, "memory": memory}, self.publish(kept, ctx)
 
 
 def convolve(

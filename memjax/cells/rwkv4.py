@@ -1,0 +1,222 @@
+"""RWKV-4: per channel, an average of the past values whose weights e^k fade with the distance.
+
+    wkv_t = (sum_{i<t} e^(k_i + w_{i+1} + ... + w_{t-1}) v_i + e^(u_t + k_t) v_t)
+            / (the same sums without v),                            w <= 0
+
+Peng et al. 2023, arXiv 2305.13048, Eq. 14, where w and u are constants of a channel; the cell takes
+them as inputs, and its answer for a token that is not written leaves that token's own term out. The
+newest past token is not decayed. A memory is a block of channels. State (p, q, o): numerator and
+denominator times e^-o, so that no exponent is above 0. Stable for any k and u: the answer lies
+between the smallest and the largest value.
+"""
+
+import dataclasses
+from typing import Annotated, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memjax.cell import MemoryCell
+from memjax.nn.layers import Dense, orthogonal, previous, widen
+from memjax.nn.mixer import Mixer
+from memjax.recurrence import accumulator_dtype, per_head, promote, select
+from memjax.registry import CellSpec, ChannelSpec, register
+from memjax.typing import Array, DTypeLike, Field, Float, PyTree
+
+EMPTY = -1e38  # the exponent of nothing; -inf - (-inf) would be NaN
+
+
+class Inputs(NamedTuple):
+    """k, v: [B, T, h, V]; w: [B, T, h, V], log decay <= 0; u: [B, T, h, V], the bonus."""
+
+    k: Annotated[Array, Field("V", "value")]
+    v: Annotated[Array, Field("V", "value")]
+    w: Annotated[Array, Field("V", "log_decay")]
+    u: Annotated[Array, Field("V", "bonus")]
+
+
+class Sums(NamedTuple):
+    """p, q, o: [V], with e^o p the sum of e^k v and e^o q that of e^k, both decayed to now."""
+
+    p: Float[Array, " V"]
+    q: Float[Array, " V"]
+    o: Float[Array, " V"]
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """The sums of both."""
+    o = jnp.maximum(a.o, b.o)
+    left, right = jnp.exp(a.o - o), jnp.exp(b.o - o)
+    return Sums(left * a.p + right * b.p, left * a.q + right * b.q, o)
+
+
+def fade(sums: Sums, w: Float[Array, " V"]) -> Sums:
+    """The sums, times e^w."""
+    return sums._replace(o=jnp.maximum(sums.o + w, EMPTY))
+
+
+def average(sums: Sums) -> Float[Array, " V"]:
+    """p / q, zero where nothing was summed."""
+    return sums.p / jnp.where(sums.q == 0, 1, sums.q)
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV4(MemoryCell):
+    """value_dim: V, the channels of one memory."""
+
+    inputs = Inputs
+
+    value_dim: int
+
+    def __post_init__(self):
+        if self.value_dim < 1:
+            raise ValueError(f"RWKV4: value_dim must be at least 1; given {self.value_dim}")
+
+    def init_state(self, params: PyTree) -> Sums:
+        """Nothing."""
+        zero = jnp.zeros(self.value_dim, jnp.float32)
+        return Sums(zero, zero, jnp.full(self.value_dim, EMPTY, jnp.float32))
+
+    def write(self, params, state, x):
+        return add(fade(state, x.w), Sums(x.v, jnp.ones_like(x.v), x.k))
+
+    def read(self, params, state, x):
+        return average(state)
+
+    def step(self, params, state, x):
+        y = average(add(state, Sums(x.v, jnp.ones_like(x.v), x.u + x.k)))
+        return y, self.write(params, state, x)
+
+    @per_head
+    def chunked(self, params, state, xs, reset, write):
+        """An associative scan over (sums, log decay), log2 T levels."""
+        dtype = accumulator_dtype(state, xs)
+        output, xs = xs.v.dtype, promote(xs, dtype)
+        fresh = self.fresh(params, dtype)
+        ones = jnp.ones_like(xs.v)
+        tokens, decay = Sums(xs.v, ones, xs.k), xs.w
+        if write is not None:  # nothing is added, nothing fades
+            nothing = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), fresh, tokens)
+            tokens, decay = select(write, (tokens, decay), (nothing, jnp.zeros_like(decay)))
+        cut = jnp.zeros(len(decay), bool) if reset is None else reset
+
+        def then(earlier, later):
+            (a, ga, cut_a), (b, gb, cut_b) = earlier, later
+            joined = add(fade(a, gb), b), jnp.maximum(ga + gb, EMPTY)
+            return *select(cut_b, (b, gb), joined), cut_a | cut_b
+
+        sums, through, cut = lax.associative_scan(then, (tokens, decay, cut))
+        carried = fresh if state is None else state
+        after = add(fade(jax.tree.map(lambda a: a[None], carried), through), sums)
+        after = select(cut, sums, after)
+        before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), carried, after)
+        if reset is not None:
+            before = select(reset, jax.tree.map(lambda a: a[None], fresh), before)
+        y = average(add(before, Sums(xs.v, ones, xs.u + xs.k)))
+        if write is not None:
+            y = select(write, y, average(before))
+        return y.astype(output), jax.tree.map(lambda a: a[-1], after)
+
+
+def position(ctx) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How deep a layer stands: l / (L - 1) from 0 to 1, and 1 - l / L."""
+    layer = jnp.asarray(ctx.layer, jnp.float32)
+    return layer / max(ctx.depth - 1, 1), 1 - layer / ctx.depth
+
+
+def channel_vector(module: nn.Module, name: str, value: Float[Array, " D"]) -> Float[Array, " D"]:
+    """A parameter [D] that starts at `value`."""
+    init = nn.with_logical_partitioning(lambda key: value, ("embed",))
+    return module.param(name, init)
+
+
+class RWKV4Mixer(Mixer):
+    """TimeMix: k, v, r = W (x mixed with the input before it), out = W_o (sigmoid(r) wkv).
+
+    The weights of keys, receptances and output start at zero, those of values orthogonal, decays,
+    bonus and mixing weights by channel and layer (the authors' code, v4). heads: blocks of
+    channels, which change nothing. std: of no weight.
+    """
+
+    def make_cell(self):
+        if self.dim % self.heads:
+            raise ValueError(f"rwkv4: dim {self.dim} does not divide into {self.heads} heads")
+        return RWKV4(self.dim // self.heads)
+
+    def setup(self):
+        super().setup()
+        zeros, sizes = nn.initializers.zeros, dict(dtype=self.dtype)
+        shape, axes = (self.heads, self.dim // self.heads), ("heads", "head_dim")
+        self.key = Dense(shape, axes, initial=zeros, **sizes)
+        self.receptance = Dense(shape, axes, initial=zeros, **sizes)
+        self.value = Dense(shape, axes, initial=orthogonal(1.0), **sizes)
+        self.output = Dense((self.dim,), ("embed",), axes, initial=zeros, **sizes)
+
+    @nn.compact
+    def inputs(self, x, state, ctx):
+        before, shift = previous(x, state.get("shift"), ctx)
+        down, up = position(ctx)
+        place = jnp.arange(self.dim) / self.dim
+        initial = {"k": place**up, "v": place**up + 0.3 * down, "r": place ** (0.5 * up)}
+        mixed = {}
+        for name, start in initial.items():
+            mix = channel_vector(self, f"mix_{name}", start).astype(x.dtype)
+            mixed[name] = mix * x + (1 - mix) * before
+        place = jnp.arange(self.dim) / max(self.dim - 1, 1)
+        decay = channel_vector(self, "time_decay", -5 + 8 * place ** (0.7 + 1.3 * down))
+        zigzag = 0.5 * ((jnp.arange(self.dim) + 1) % 3 - 1)
+        bonus = channel_vector(self, "time_first", jnp.log(0.3) + zigzag)
+        k, v = widen(self.key(mixed["k"])), self.value(mixed["v"])
+        w, u = (jnp.broadcast_to(a.reshape(k.shape[2:]), k.shape) for a in (-jnp.exp(decay), bonus))
+        return Inputs(k, v, w, u), self.receptance(mixed["r"]), {"shift": shift}
+
+    def outputs(self, y, kept):
+        return self.output(jax.nn.sigmoid(kept) * y.astype(kept.dtype))
+
+
+class RWKV4ChannelMix(nn.Module):
+    """sigmoid(W_r x_r) W_v relu(W_k x_k)^2, each x mixed with the input before it; state: that one.
+
+    Peng et al. 2023, arXiv 2305.13048, Eq. 16-18; the paper's hidden width is 4 dim.
+    """
+
+    dim: int
+    hidden: int
+    std: float = 0.02
+    out_scale: float = 1.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state, ctx):
+        before, state = previous(x, state, ctx)
+        place, up = jnp.arange(self.dim) / self.dim, position(ctx)[1]
+
+        def mixed(name):
+            mix = channel_vector(self, f"mix_{name}", place**up).astype(x.dtype)
+            return mix * x + (1 - mix) * before
+
+        zeros, dtype = nn.initializers.zeros, self.dtype
+        tall = orthogonal(max(1.0, (self.dim / self.hidden) ** 0.5))
+        key = Dense((self.hidden,), ("mlp",), initial=tall, dtype=dtype, name="key")
+        value = Dense((self.dim,), ("embed",), ("mlp",), initial=zeros, dtype=dtype, name="value")
+        receptance = Dense((self.dim,), (None,), initial=zeros, dtype=dtype, name="receptance")
+        hidden = jnp.square(jax.nn.relu(key(mixed("k"))))
+        return jax.nn.sigmoid(receptance(mixed("r"))) * value(hidden), state, ctx
+
+
+register(
+    CellSpec(
+        name="rwkv4",
+        cell=lambda: RWKV4(6),
+        mixer=RWKV4Mixer,
+        paper="Peng et al. 2023, arXiv 2305.13048",
+        recurrence="per channel, the average of past values by weights e^k that fade by e^w",
+    )
+)
+register(
+    ChannelSpec(
+        name="rwkv4_channel", mixer=RWKV4ChannelMix, paper="Peng et al. 2023, arXiv 2305.13048"
+    )
+)
