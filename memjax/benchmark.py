@@ -38,7 +38,7 @@ from memjax import cells, cost, forms, inputs, peers
 from memjax.cell import FORMS, MemoryCell
 from memjax.config import UserError, exit_on_user_error, parse_flags, user_errors, write_text
 from memjax.registry import CellSpec
-from memjax.typing import AXES, PyTree
+from memjax.typing import PyTree
 
 GATE = 256  # tokens on which a form is compared with scan
 STEPS = 20  # decoding steps in one timed call
@@ -68,9 +68,9 @@ def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
     cell = spec.cell()
     known = {field.name: field for field in dataclasses.fields(cell)}
     changes: dict[str, Any] = {
-        name: known[name].default for name in ("chunk", "block") if name in known
+        name: known[name].default for name in ("chunk", "block", "frozen_chunk") if name in known
     }
-    changes |= {name: shape.dim for name in AXES.values() if name in known}
+    changes |= {name: shape.dim for name in ("key_dim", "value_dim") if name in known}
     if shape.chunk:
         changes |= {name: shape.chunk for name in ("chunk", "block") if name in known}
     if "window" in known:

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,68 @@ def to_chunks(tree: PyTree, size: int) -> PyTree:
 def from_chunks(y: Shaped[Array, "N C ..."], length: int) -> Shaped[Array, "T ..."]:
     """Joins chunks and drops the padding."""
     return y.reshape(-1, *y.shape[2:])[:length]
+
+
+class Phases(NamedTuple):
+    """How a window of at most C tokens lies to the frozen chunks of its documents.
+
+    The chunks are C written tokens long and counted from a document's start. The document that runs
+    on crosses at most one border of them within the window, and those that begin in it none (but at
+    its last token), so that two passes are exact: over `first` with the running chunk's base, then
+    over `second` with the base behind the border or, in later documents, the fresh one.
+
+    size: C. document: 0 for the one that runs on, then counted. rank: written tokens of the window
+    in front of each. before: tokens up to the border.
+    """
+
+    size: int
+    document: Int[Array, " C"]
+    rank: Int[Array, " C"]
+    written: Bool[Array, " C"]
+    before: Bool[Array, " C"]
+
+    @property
+    def live(self) -> Bool[Array, " C"]:
+        """Tokens of the document that runs on."""
+        return self.document == 0
+
+    @property
+    def first(self) -> Bool[Array, " C"]:
+        """Tokens that are written in the first pass."""
+        return self.written & self.before
+
+    @property
+    def second(self) -> Bool[Array, " C"]:
+        """Tokens that are written in the second pass."""
+        return self.written & ~self.before
+
+    def number(self) -> Int[Array, ""]:
+        """Written tokens of the last document in the window."""
+        last = self.document == self.document[-1]
+        return jnp.sum(self.written & last, dtype=jnp.int32)
+
+    def place(self, place: Int[Array, ""]) -> Int[Array, ""]:
+        """Written tokens of the running chunk behind the window; `place`: in front of it."""
+        return (jnp.where(self.live[-1], place, 0) + self.number()) % self.size
+
+    def base(self, held: PyTree, opened: PyTree, crossed: PyTree, fresh: PyTree) -> PyTree:
+        """The frozen base behind the window: `held` in front of it, `opened` when its first token
+        is written, `crossed` behind the border, `fresh` in later documents."""
+        base = select(jnp.any(self.first), opened, held)
+        base = select(jnp.any(self.second & self.live), crossed, base)
+        return select(self.live[-1], base, fresh)
+
+
+def phase_split(
+    size: int,
+    place: Int[Array, ""],
+    reset: Bool[Array, " C"] | None,
+    written: Bool[Array, " C"],
+) -> Phases:
+    """The phases of a window; size: C. place: written tokens of the chunk that runs on into it."""
+    rank = jnp.cumsum(written.astype(jnp.int32)) - written
+    document = jnp.zeros_like(rank) if reset is None else jnp.cumsum(reset.astype(jnp.int32))
+    return Phases(size, document, rank, written, (document == 0) & (place + rank < size))
 
 
 def positions(

@@ -5,7 +5,7 @@ T  tokens in a sequence            V  value dimension of one memory
 H  memories ("heads") of a layer   G  queries that share one memory (grouped-query attention)
 N  chunks of a sequence            C  tokens in a chunk
 D  width of the model              W  slots of a window
-M  micro-steps of a token
+M  micro-steps of a token               c  pairs that one step learns from
 
 `h` in a leaf of a cell's inputs is a number of heads that divides H (see `memjax.run`).
 A trailing `...` stands for the axes of one token of one head. Decays are natural logarithms, <= 0.
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Letter -> attribute of the cell; other letters are free.
-AXES = {"K": "key_dim", "V": "value_dim", "M": "steps"}
+AXES = {"K": "key_dim", "V": "value_dim", "M": "steps", "c": "context"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Field:
 
     shape: the axes of one token of one head, in letters of the legend ("K", "V", "G K", "").
     kind: "query" (unit norm), "key" (unit norm), "value" (normal), "bonus" (normal; for the
-    answer to its own token only), "log_decay" (<= 0), "rate", or "multiple", another leaf times a
-    rate per channel.
+    answer to its own token only), "log_decay" (<= 0), "rate", "query_rate" (a rate that only the
+    answer depends on), or "multiple", another leaf times a rate per channel.
     low, high: the closed range of the rate. of: the leaf that a multiple is of.
     """
 
@@ -59,6 +59,11 @@ class Field:
     low: float = 0.0
     high: float = 1.0
     of: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether the leaf belongs to the query: `read` may look at it."""
+        return self.kind in ("query", "query_rate")
 
 
 @functools.cache

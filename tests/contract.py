@@ -118,9 +118,9 @@ def _leaf(scenario: str, field: Field, rng, shape: tuple[int, ...]) -> np.ndarra
         common = inputs.draw_field(field, rng, (1, 1, *shape[2:]))
         mixed = common + (1 / 3 if scenario == "correlated" else 0) * ordinary
         return mixed / np.linalg.norm(mixed, axis=-1, keepdims=True)
-    if field.kind in ("rate", "multiple") and scenario == "equal":
+    if field.kind in ("rate", "query_rate", "multiple") and scenario == "equal":
         return np.full(shape, max(field.low, field.high, key=abs))
-    if field.kind not in ("log_decay", "rate", "multiple") or scenario != "gates":
+    if field.kind not in ("log_decay", "rate", "query_rate", "multiple") or scenario != "gates":
         return ordinary
     decays = (0.0, -1e3)
     limits = decays if field.kind == "log_decay" else (field.low, field.high, min(1.0, field.high))

@@ -118,7 +118,7 @@ def check_unwritten(case: Case, form: str) -> None:
     changed = type(other)(
         *(
             mine
-            if case.fields[name].kind == "query"
+            if case.fields[name].asks
             else np.where(np.expand_dims(given.write, tuple(range(2, mine.ndim))), mine, others)
             for name, mine, others in zip(other._fields, given.xs, other, strict=True)
         )
@@ -176,9 +176,9 @@ def check_causality(case: Case, form: str, scenario: str = "random") -> None:
         size = np.abs(gradient).reshape(*gradient.shape[:4], -1).max(-1)  # [S, B, T, h]
         assert not size[:, -1, :, -1].any(), f"{what} reaches another head or sequence"
         kind = case.fields[name].kind
-        allowed = past if kind == "query" else past & given.write[None]
+        allowed = past if case.fields[name].asks else past & given.write[None]
         assert not size[~allowed].any(), f"{what} reaches a token that must not be seen"
-        if kind == "query":
+        if case.fields[name].asks:
             assert size[:, :-1].max(-1)[np.broadcast_to(own, past.shape)[:, :-1]].any()
         elif kind == "value" and scenario == "random":
             earlier = size[:, 1].max(-1)[(allowed & ~own)[:, 1]]

@@ -250,6 +250,21 @@ def decay_parameters(low: float, high: float = 16.0) -> tuple[Callable, Callable
     return a_log, dt_bias
 
 
+class Gate(nn.Module):
+    """W x + b for each head, in float32; b starts at `start`."""
+
+    heads: int
+    std: float = 0.02
+    start: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
+        y = Dense((self.heads,), ("heads",), std=self.std, dtype=x.dtype, name="gate")(x)
+        constant = nn.initializers.constant(self.start)
+        init = nn.with_logical_partitioning(constant, ("heads",))
+        return widen(y) + self.param("bias", init, (self.heads,), jnp.float32)
+
+
 class LogDecay(nn.Module):
     """g = -exp(A_log) softplus(W x + dt_bias): log decays <= 0, in float32.
 

@@ -1,0 +1,380 @@
+"""Memories that are small networks, trained on every token by gradient descent.
+
+The memory is a network M: one matrix, or layers x + gelu(.. gelu(x W_1) ..) W_L. Token t brings a
+pair (k_t, v_t), a log decay a_t <= 0 of the weights, a log decay m_t <= 0 of the momentum and
+weights r_t[j] >= 0 for the pairs of the last c tokens, its own first. With W the weights and Z the
+momentum (Behrouz et al. 2025, arXiv 2501.00663, Eq. 9-14; 2505.23735, Eq. 9-16):
+
+    U_t = sum_{j<c} r_t[j] grad loss(W_b; k_{t-j}, v_{t-j})
+    Z_t = e^(m_t) Z_{t-1} - U_t;   W_t = e^(a_t) W_{t-1} + Z_t;   y_t = M(q_t; W_t)
+    or, with a function f of a matrix:   W_t = e^(a_t) W_{t-1} + s_t f(Z_t)
+    loss = ||M(k) - v||^2, or -<M(k), v>
+
+W_b is frozen: the weights in front of the frozen chunk's first token. Frozen chunks of C written
+tokens are counted from a document's start, so that C is part of the definition. Within one, the
+gradient of layer l at pair i is an outer product of what goes into the layer, h_i, and an error
+d_i, so that all tokens of a chunk are answered by matrix products, without weights per token:
+
+    x W_t = e^(a_1 + .. + a_t) x W_0 + f_t x Z_0 - sum_i G[t, i] (x . h_i) d_i
+    G = A H R;  A[t, j] = e^(a_{j+1} + .. + a_t);  H the same with m;  R[t, i] = r_t[t - i]
+    f_t = sum_{j<=t} A[t, j] e^(m_1 + .. + m_j)
+
+for layer after layer of the network. The state after the chunk has the same form. With f the Z_t
+and W_t of a chunk are formed, C matrices of each layer.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memjax.cell import MemoryCell
+from memjax.cells._matrix import dot
+from memjax.recurrence import (
+    Phases,
+    accumulator_dtype,
+    from_chunks,
+    per_head,
+    phase_split,
+    promote,
+    select,
+    to_chunks,
+)
+from memjax.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+LOSSES = ("l2", "dot")
+Layers = tuple[Float[Array, "m n"], ...]
+
+
+class Terms(NamedTuple):
+    """What each token brings, in the letters of the module's docstring.
+
+    q, k: [..., K]; v: [..., V]; a, m: [...]; r: [..., c], the step times the weight of each pair;
+    s: [...], the step of a transformed momentum, see `GradientMemory.transform`.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    a: Array
+    m: Array
+    r: Array
+    s: Array | None = None
+
+
+class Pairs(NamedTuple):
+    """The last c - 1 pairs of the document, newest last, zero where it has fewer; `number` of them
+    are there."""
+
+    k: Float[Array, "n K"]
+    v: Float[Array, "n V"]
+    number: Int[Array, ""]
+
+
+class Learner(NamedTuple):
+    """weights, momentum, base: the layers of W, Z and W_b. place: written tokens of the running
+    frozen chunk, counted from 0 to C - 1. pairs: None when c = 1."""
+
+    weights: Layers
+    momentum: Layers
+    base: Layers
+    place: Int[Array, ""]
+    pairs: Pairs | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientMemory(MemoryCell):
+    """A subclass defines `terms`.
+
+    key_dim, value_dim: K and V. depth: layers L of the network, 1 for a matrix. expansion: hidden
+    width over K. frozen_chunk: C. loss: "l2" or "dot". std: of the initial weights that a matrix or
+    the last layer has; those of the others are 1 / sqrt(inputs). A network has the residual x when
+    K = V.
+    """
+
+    key_dim: int
+    value_dim: int
+    depth: int = 1
+    expansion: int = 4
+    frozen_chunk: int = 64
+    loss: str = "l2"
+    std: float = 0.02
+
+    def __post_init__(self):
+        name = type(self).__name__
+        sizes = (self.key_dim, self.value_dim, self.depth, self.expansion, self.frozen_chunk)
+        if min(sizes) < 1:
+            raise ValueError(
+                f"{name}: key_dim, value_dim, depth, expansion and frozen_chunk must be at least "
+                f"1; given {self}"
+            )
+        if self.loss not in LOSSES:
+            raise ValueError(f"{name}: loss {self.loss!r}: allowed are {', '.join(LOSSES)}")
+
+    @property
+    def pairs(self) -> int:
+        """c, the pairs that a step learns from."""
+        return 1
+
+    def terms(self, xs: PyTree) -> Terms:
+        """Inputs, with any axes in front, in the letters of the module's docstring."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms")
+
+    @property
+    def transform(self) -> Callable[[Array], Array] | None:
+        """f of the module's docstring, of matrices [..., m, n]; None for the momentum itself."""
+        return None
+
+    # ------------------------------------------------------------ the network
+
+    def init_params(self, key: PRNGKeyArray, heads: int) -> Layers:
+        """The weights in front of a document's first token, learned with the model."""
+        hidden = (self.expansion * self.key_dim,) * (self.depth - 1)
+        widths = (self.key_dim, *hidden, self.value_dim)
+        layers = []
+        for i, seed in enumerate(jax.random.split(key, self.depth)):
+            std = self.std if i == self.depth - 1 else widths[i] ** -0.5
+            layers.append(std * jax.random.normal(seed, (heads, widths[i], widths[i + 1])))
+        return tuple(layers)
+
+    def apply(self, multiply, x: Float[Array, "... K"]) -> Float[Array, "... V"]:
+        """The network; multiply(l, x) is x W_l."""
+        hidden = x
+        for layer in range(self.depth - 1):
+            hidden = jax.nn.gelu(multiply(layer, hidden))
+        y = multiply(self.depth - 1, hidden)
+        return x + y if self.depth > 1 and self.key_dim == self.value_dim else y
+
+    def gradients(
+        self, weights: Layers, k: Float[Array, "... K"], v: Float[Array, "... V"]
+    ) -> tuple[list[Array], list[Array]]:
+        """h and d of each layer: the loss's gradient at one pair is the outer product h d^T."""
+        entering, before = [k], []
+        for layer in weights[:-1]:
+            before.append(dot("...m,mn->...n", entering[-1], layer))
+            entering.append(jax.nn.gelu(before[-1]))
+        if self.loss == "dot":
+            error = -v
+        else:
+            error = 2 * (self.apply(lambda i, x: dot("...m,mn->...n", x, weights[i]), k) - v)
+        errors = [error]
+        for layer, z in zip(weights[:0:-1], before[::-1], strict=True):
+            _, pull = jax.vjp(jax.nn.gelu, z)
+            errors.append(pull(dot("...n,mn->...m", errors[-1], layer))[0])
+        return entering, errors[::-1]
+
+    # ------------------------------------------------------------ token by token
+
+    def init_state(self, params: Layers) -> Learner:
+        """The learned weights, no momentum, no pairs."""
+        zero = jnp.zeros((), jnp.int32)
+        momentum, pairs = jax.tree.map(jnp.zeros_like, params), None
+        if self.pairs > 1:
+            pairs = self.no_pairs(self.pairs - 1)
+        return Learner(params, momentum, params, zero, pairs)
+
+    def no_pairs(self, size: int) -> Pairs:
+        """Room for `size` pairs, of which none is there."""
+        k, v = (jnp.zeros((size, n), jnp.float32) for n in (self.key_dim, self.value_dim))
+        return Pairs(k, v, jnp.zeros((), jnp.int32))
+
+    def write(self, params, state, x):
+        x = self.terms(x)
+        base = select(state.place == 0, state.weights, state.base)
+        past = state.pairs or self.no_pairs(0)
+        k, v = jnp.concatenate([past.k, x.k[None]]), jnp.concatenate([past.v, x.v[None]])
+        age = jnp.arange(self.pairs - 1, -1, -1)
+        rates = jnp.where(age <= past.number, x.r[age], 0)
+        entering, errors = self.gradients(base, k, v)
+        momentum = tuple(
+            jnp.exp(x.m) * z - dot("i,im,in->mn", rates, h, d)
+            for z, h, d in zip(state.momentum, entering, errors, strict=True)
+        )
+        transform = self.transform
+        steps = momentum if transform is None else tuple(x.s * transform(z) for z in momentum)
+        weights = tuple(jnp.exp(x.a) * w + z for w, z in zip(state.weights, steps, strict=True))
+        number = jnp.minimum(past.number + 1, self.pairs - 1)
+        pairs = state.pairs and Pairs(k[1:], v[1:], number)
+        return Learner(weights, momentum, base, (state.place + 1) % self.frozen_chunk, pairs)
+
+    def read(self, params, state, x):
+        q = self.terms(x).q
+        return self.apply(lambda i, h: dot("m,mn->n", h, state.weights[i]), q)
+
+    # ------------------------------------------------------------ chunk by chunk
+
+    @per_head
+    def chunked(self, params, state, xs, reset, write):
+        """The chunk form of the module's docstring, in windows of C tokens.
+
+        A window that need not begin with a frozen chunk crosses at most one border of the running
+        document's chunks; documents that begin in it all learn from the initial weights. Two passes
+        over the window are then exact: up to the border, and behind it.
+        """
+        dtype = accumulator_dtype(params, state, xs)
+        params, output = promote(params, dtype), jax.tree.leaves(xs)[0].dtype
+        fresh = self.fresh(params, dtype)
+        terms, length = self.terms(promote(xs, dtype)), jax.tree.leaves(xs)[0].shape[0]
+        aligned = state is None and reset is None and write is None
+        written = jnp.ones(length, bool) if write is None else write
+        chunks = to_chunks((terms, reset, written), min(self.frozen_chunk, length))
+
+        @jax.checkpoint
+        def window(state, inputs):
+            x, reset, written = inputs
+            if aligned:
+                return self._aligned(state, x, written)
+            return self._window(fresh, state, x, reset, written)
+
+        final, y = lax.scan(window, fresh if state is None else state, chunks)
+        return from_chunks(y, length).astype(output), final
+
+    def _aligned(self, state: Learner, x: Terms, written: Bool[Array, " C"]):
+        """A window that is a frozen chunk of one document."""
+        past, base = state.pairs or self.no_pairs(0), state.weights
+        phases = phase_split(self.frozen_chunk, state.place, None, written)
+        whole = Window.of(past, x, phases)
+        learnt = self.gradients(base, whole.k, whole.v)
+        y, weights, momentum = self._pass(state, None, x, whole, written, learnt)
+        place = phases.place(state.place)
+        return Learner(weights, momentum, base, place, state.pairs and whole.kept(past)), y
+
+    def _window(self, fresh: Learner, state: Learner, x: Terms, reset, written):
+        """Any window of at most C tokens."""
+        past = state.pairs or self.no_pairs(0)
+        phases = phase_split(self.frozen_chunk, state.place, reset, written)
+        whole = Window.of(past, x, phases)
+        base = select(state.place == 0, state.weights, state.base)
+        learnt = self.gradients(base, whole.k, whole.v)
+        one = whole._replace(document=jnp.zeros_like(phases.document))
+        y, weights, momentum = self._pass(state, None, x, one, phases.first, learnt)
+        base = phases.base(state.base, base, weights, fresh.weights)
+        state = state._replace(weights=weights, momentum=momentum)
+        learnt = select(
+            whole.document_of_pairs() == 0,
+            self.gradients(weights, whole.k, whole.v),
+            self.gradients(fresh.weights, whole.k, whole.v),
+        )
+        later, weights, momentum = self._pass(state, fresh, x, whole, phases.second, learnt)
+        place, pairs = phases.place(state.place), state.pairs and whole.kept(past)
+        new = Learner(weights, momentum, base, place, pairs)
+        return new, jnp.where(phases.before[:, None], y, later)
+
+    def _pass(self, state, fresh, x, whole, use, learnt):
+        """(y, weights and momentum after the last token) when the tokens of `use` alone learn.
+
+        learnt: h and d of every pair, see `gradients`. fresh: where later documents begin.
+        """
+        a, m = (jnp.where(use, jnp.maximum(g, -1e4), 0) for g in (x.a, x.m))
+        size = len(use)
+        same = jnp.tril(whole.document[:, None] == whole.document)
+        fading, pushing = (decay_between(g, same) for g in (a, m))
+        fading = fading * use  # a token that does not learn adds no momentum to the weights
+        faded, pushed = (jnp.exp(dot("tj,j->t", same, g)) for g in (a, m))
+        live = whole.live.astype(faded.dtype)
+        push = dot("tj,ji->ti", pushing, whole.rates(x.r, use))
+        starts = [(faded * live, state.weights)]
+        if fresh is not None:
+            starts.append((faded * (1 - live), fresh.weights))
+        pushed = pushed * live
+        momentum = tuple(
+            pushed[-1] * z - dot("im,i,in->mn", h, push[size - 1], d)
+            for z, h, d in zip(state.momentum, *learnt, strict=True)
+        )
+        transform = self.transform
+        if transform is not None:
+            momenta = [
+                pushed[:, None, None] * z - dot("ti,im,in->tmn", push, h, d)
+                for z, h, d in zip(state.momentum, *learnt, strict=True)
+            ]
+            every = [
+                dot("tj,jmn->tmn", fading * x.s, transform(z))
+                + sum(scale[:, None, None] * start[layer] for scale, start in starts)
+                for layer, z in enumerate(momenta)
+            ]
+            y = self.apply(lambda layer, h: dot("tm,tmn->tn", h, every[layer]), x.q)
+            return y, tuple(w[size - 1] for w in every), momentum
+        starts.append((dot("tj,j->t", fading, pushed), state.momentum))
+        step = dot("tj,ji->ti", fading, push)
+
+        def multiply(layer, x):
+            h, d = learnt[0][layer], learnt[1][layer]
+            y = -dot("ti,in->tn", step * dot("tm,im->ti", x, h), d)
+            for scale, weights in starts:
+                y = y + scale[:, None] * dot("tm,mn->tn", x, weights[layer])
+            return y
+
+        weights = []
+        for layer, (h, d) in enumerate(zip(*learnt, strict=True)):
+            new = -dot("im,i,in->mn", h, step[size - 1], d)
+            weights.append(new + sum(scale[-1] * start[layer] for scale, start in starts))
+        return self.apply(multiply, x.q), tuple(weights), momentum
+
+
+def decay_between(g: Float[Array, " C"], visible: Bool[Array, "C C"]) -> Float[Array, "C C"]:
+    """exp(g_{j+1} + .. + g_i) where visible, 0 elsewhere; the sum of just those terms."""
+    size = g.shape[0]
+    after = jnp.where(jnp.tril(jnp.ones((size, size), bool), -1), g[:, None], 0)  # l > j
+    through = dot("il,lj->ij", jnp.tril(jnp.ones((size, size), g.dtype)), after)
+    return jnp.exp(jnp.where(visible, through, -jnp.inf))
+
+
+class Window(NamedTuple):
+    """The tokens of a window, [C], behind the n = c - 1 pairs that its first ones learn from.
+
+    k, v: of all pairs, [n + C, ...]. document: 0 for the one that runs on, then counted. rank:
+    written tokens in front of each. there: whether a pair is one to learn from, [n + C].
+    """
+
+    k: Float[Array, "P K"]
+    v: Float[Array, "P V"]
+    document: Int[Array, " C"]
+    rank: Int[Array, " C"]
+    there: Bool[Array, " P"]
+
+    @classmethod
+    def of(cls, past: Pairs, x: Terms, phases: Phases) -> "Window":
+        """`past`: the pairs in front."""
+        k, v = jnp.concatenate([past.k, x.k]), jnp.concatenate([past.v, x.v])
+        front = jnp.arange(-len(past.k), 0) >= -past.number
+        there = jnp.concatenate([front, phases.written])
+        return cls(k, v, phases.document, phases.rank, there)
+
+    @property
+    def front(self) -> int:
+        """n, the pairs in front of the window."""
+        return len(self.k) - len(self.rank)
+
+    @property
+    def live(self) -> Bool[Array, " C"]:
+        """Whether a token is of the document that runs on."""
+        return self.document == 0
+
+    def document_of_pairs(self) -> Int[Array, " P"]:
+        """Of each pair."""
+        return jnp.concatenate([jnp.zeros(self.front, self.document.dtype), self.document])
+
+    def age(self, rank: Int[Array, " m"], document: Int[Array, " m"]) -> Int[Array, "m P"]:
+        """How many tokens behind each pair of its document a token of this rank is; -1: none."""
+        ranks = jnp.concatenate([jnp.arange(-self.front, 0), self.rank])
+        seen = self.there & (document[:, None] == self.document_of_pairs())
+        return jnp.where(seen, jnp.maximum(rank[:, None] - ranks, -1), -1)
+
+    def rates(self, r: Float[Array, "C c"], use: Bool[Array, " C"]) -> Float[Array, "C P"]:
+        """R of the module's docstring, zero for tokens that do not learn."""
+        age, context = self.age(self.rank, self.document), r.shape[1]
+        chosen = jnp.take_along_axis(r, jnp.clip(age, 0, context - 1), axis=1)
+        return jnp.where((age >= 0) & (age < context) & use[:, None], chosen, 0)
+
+    def kept(self, past: Pairs) -> Pairs:
+        """The pairs behind the window."""
+        last, written = self.document[-1:], self.there[self.front :]
+        number = jnp.sum(written & (self.document == last), dtype=jnp.int32)
+        number = number + jnp.where(last[0] == 0, past.number, 0)
+        age = self.age(self.rank[-1:] + written[-1:], last)[0]  # of the token that comes next
+        pick = (age == jnp.arange(self.front, 0, -1)[:, None]).astype(self.k.dtype)
+        k, v = (dot("sp,pn->sn", pick, pair) for pair in (self.k, self.v))
+        return Pairs(k, v, jnp.minimum(number, self.front))
