@@ -10,8 +10,8 @@ those of the slots in front of a chunk of C written tokens (C = 1 is the exact r
 normalised at its end, answers are read from normalised slots, the start is learned. Without
 retraction slots are stored as they grow, and the step is divided by their norm.
 
-Stable for all inputs: slots have unit norm at the borders of chunks. A norm below 1e-6 counts as it.
-Without retraction beta must stay away from 0: the step grows without bound as a slot shrinks.
+Stable for all inputs: slots have unit norm at the borders of chunks (a norm below 1e-6 counts as
+1e-6). Without retraction beta must stay away from 0: the step grows as a slot shrinks.
 """
 
 import dataclasses

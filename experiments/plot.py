@@ -1,20 +1,22 @@
-"""Draws mqar.png and prints the table of README.md from results.jsonl.
+"""Prints the table of a recall task's results.jsonl and draws its picture beside it.
 
-python experiments/mqar/plot.py
+python experiments/plot.py mqar
 """
 
 import json
 import pathlib
 import statistics
+import sys
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-HERE = pathlib.Path(__file__).parent
+LINES = {"mqar": 0.99, "forgetting_mqar": 0.5}  # what the dashed line marks
 
 
-def main():
-    rows = [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
+def main(task):
+    folder = pathlib.Path(__file__).parent / task
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     runs = {cell: [row for row in rows if row["cell"] == cell] for cell in cells}
     print("| cell | query accuracy, seeds in order | mean (sd) | seconds of training |")
@@ -25,25 +27,24 @@ def main():
         each = ", ".join(f"{value:.4f}" for value in values)
         seconds = ", ".join(f"{row['seconds']:.0f}" for row in group)
         print(f"| `{cell}` | {each} | {statistics.mean(values):.4f} ({spread:.4f}) | {seconds} |")
-    draw(runs)
+    draw(runs, LINES[task], folder / f"{task}.png")
 
 
-def draw(runs):
+def draw(runs, line, path):
     """One row of points per cell: every seed, and the mean as a bar."""
-    figure = Figure(figsize=(7, 0.6 * len(runs) + 1.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 0.4 * len(runs) + 1.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for height, group in enumerate(runs.values()):
         values = [row["query_accuracy"] for row in group]
         axes.plot(values, [height] * len(values), "o", color="#1f77b4", alpha=0.7)
         axes.plot([statistics.mean(values)], [height], "|", color="black", markersize=16)
-    axes.axvline(0.99, color="0.5", linestyle="--", linewidth=1)
+    axes.axvline(line, color="0.5", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(runs)), list(runs))
-    axes.set_xlabel("query accuracy at the last step, one point a seed; bar: mean; dashed: 0.99")
-    axes.set_xlim(right=1.0005)
+    axes.set_xlabel(f"query accuracy at the last step; one point a seed, bar: mean; dashed: {line}")
     axes.grid(axis="x", alpha=0.25)
-    figure.savefig(HERE / "mqar.png")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
