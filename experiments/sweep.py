@@ -4,7 +4,8 @@
     python experiments/sweep.py forgetting_mqar --jobs=2 --steps=1000
 
 The task is the name of a config in configs/ and of a folder beside this file, where results.jsonl
-is written. Runs that are finished are kept, interrupted ones continue.
+is written, a row for each run. Runs that are finished are kept, interrupted ones continue; one that
+fails is named and left out.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import memjax
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
-KEPT = ("query_accuracy", "sequence_accuracy", "loss", "seconds", "parameters", "versions")
+KEPT = ("steps", "query_accuracy", "sequence_accuracy", "loss", "seconds", "parameters", "versions")
 
 
 def main():
@@ -33,19 +34,26 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each if > 1")
     given = parser.parse_args()
     runs = [(cell, int(seed)) for cell in given.cells.split(",") for seed in given.seeds.split(",")]
+    results = HERE / given.task / "results.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    rows = {}
+    if results.exists():
+        old = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines())
+        rows = {(row["cell"], row["seed"]): row for row in old}
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        summaries = list(pool.map(lambda run: train(given, *run), runs))
-    rows = [
-        {"cell": cell, "seed": seed, "steps": summary["steps"], **{k: summary[k] for k in KEPT}}
-        for (cell, seed), summary in zip(runs, summaries, strict=True)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (HERE / given.task / "results.jsonl").write_text(lines, encoding="utf-8")
+        for (cell, seed), summary in zip(
+            runs, pool.map(lambda run: train(given, *run), runs), strict=True
+        ):
+            if summary:
+                rows[cell, seed] = {"cell": cell, "seed": seed} | {k: summary[k] for k in KEPT}
+                lines = "".join(json.dumps(row) + "\n" for row in rows.values())
+                results.write_text(lines, encoding="utf-8")
 
 
 def train(given, cell, seed):
-    """The summary of one run, which is made unless it is there."""
-    workdir = ROOT / "runs" / given.task / f"{cell}-{seed}"
+    """The summary of one run, which is made unless it is there; None when it fails."""
+    length = f"-{given.steps}" if given.steps else ""
+    workdir = ROOT / "runs" / given.task / f"{cell}-{seed}{length}"
     if not finished(workdir):
         steps = f",steps={given.steps}" if given.steps else ""
         command = (sys.executable, "-m", "memjax.train", f"--workdir={workdir}")
@@ -54,9 +62,12 @@ def train(given, cell, seed):
         workdir.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{workdir}.log", "a", encoding="utf-8") as log:
             environment = {**os.environ, **alone}
-            subprocess.run(
-                [*command, config], cwd=ROOT, check=True, env=environment, stdout=log, stderr=log
+            done = subprocess.run(
+                [*command, config], cwd=ROOT, env=environment, stdout=log, stderr=log
             )
+        if done.returncode:
+            print(f"{cell}, seed {seed}: failed, see {workdir}.log", flush=True)
+            return None
         print(f"{cell}, seed {seed}: finished", flush=True)
     return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
 

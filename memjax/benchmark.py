@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.experimental
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from absl import app, flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,7 +43,7 @@ from memjax.typing import PyTree
 
 GATE = 256  # tokens on which a form is compared with scan
 STEPS = 20  # decoding steps in one timed call
-COLORS = [f"C{i}" for i in range(10)]
+COLORS = [matplotlib.colormaps["tab20"](i) for i in range(20)]
 STYLES = ("o--", "o-", "s:", "^-.")
 SHOWN = tuple(reversed(FORMS))
 
@@ -68,7 +69,9 @@ def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
     cell = spec.cell()
     known = {field.name: field for field in dataclasses.fields(cell)}
     changes: dict[str, Any] = {
-        name: known[name].default for name in ("chunk", "block", "frozen_chunk") if name in known
+        name: known[name].default
+        for name in ("chunk", "block", "frozen_chunk", "context")
+        if name in known
     }
     changes |= {name: shape.dim for name in ("key_dim", "value_dim") if name in known}
     if shape.chunk:
@@ -246,7 +249,7 @@ def measure(
         skipped = "" if len(ready) == len(compiled) else "; too large to time, see --max_gib"
         say(f"{spec.name:<17} {form:<8} compiled in {sizes['both_ms'][0]:.1f} s{skipped}")
     calls |= decode_calls(cell, params, xs, serving)
-    for peer in peers.of(spec.name) if others else ():
+    for peer in peers.of(spec.name) if others and records else ():
         records[peer.name] = dict.fromkeys(next(iter(records.values())))
         records[peer.name] |= {"cell": spec.name, "form": peer.name, **dataclasses.asdict(shape)}
         records[peer.name]["distance_from_scan"] = check_peer(peer, cell, params, xs)
@@ -348,7 +351,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; made when it runs, so that other programs may import this module."""
     shape, common = Shape(), dict[str, Any](flag_values=values)
-    flags.DEFINE_list("cells", [], "names of cells; all when not given", **common)
+    flags.DEFINE_list("cells", [], "names; one of each class of cells when not given", **common)
     flags.DEFINE_list("forms", list(SHOWN), "forms to measure", **common)
     flags.DEFINE_list("length", [str(shape.length)], "tokens in a sequence, one or more", **common)
     flags.DEFINE_integer("chunk", 0, "of the chunked forms; 0: the library's", 0, **common)
@@ -368,6 +371,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """One name for each class of cells, that of its own file where there is one."""
+    found: dict[type, str] = {}
+    for name in names:
+        spec = cells.get(name)
+        kind = type(spec.cell())
+        if kind not in found or kind.__module__ == spec.mixer.__module__:
+            found[kind] = name
+    return sorted(found.values())
+
+
 def chosen(
     given: flags.FlagValues, rest: Sequence[str]
 ) -> tuple[list[Shape], list[str], list[str]]:
@@ -375,7 +389,7 @@ def chosen(
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is no flag; see python -m memjax.benchmark --help")
     with user_errors("--cells"):
-        names = [cells.get(name).name for name in given.cells] or cells.names()
+        names = [cells.get(name).name for name in given.cells] or distinct(cells.names())
     for form in given.forms:
         if form not in FORMS:
             raise UserError(f"--forms: no form {form!r}; allowed: {', '.join(SHOWN)}")
@@ -402,6 +416,8 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
                 for r in records
                 if (r["cell"], r["form"]) == (cell, form) and r[key]
             ]
+            if not points:  # too large at every length
+                continue
             label = f"{cell}, {form}"
             ax.plot(*zip(*points, strict=True), styles[form], color=colors[cell], label=label)
         ax.set(title=title, xlabel="tokens", xscale="log", yscale="log")

@@ -173,6 +173,12 @@ def _check(cell, params, xs, state, reset, write) -> int:
             raise ValueError(
                 f"{name}: {label} must be bool[{batch}, {length}]; given {mask.dtype}{mask.shape}"
             )
+    weights = jax.eval_shape(lambda: cell.init_params(jax.random.key(0), heads))
+    if _shapes(params) != _shapes(weights):
+        raise ValueError(
+            f"{name}: the memory's own weights do not fit; given {_leaves(params)}, expected "
+            f"{_leaves(weights)}; make them with cell.init_params(key, {heads})"
+        )
     if state is not None:
         heads = max(memories(params, None, xs), memories({}, state, xs))
         dtype = accumulator_dtype(params, state, xs)
@@ -210,6 +216,12 @@ def _check_inputs(name: str, cell: MemoryCell, xs: PyTree) -> tuple[int, int]:
     if len(leading) > 1:
         raise ValueError(f"{name}: inputs differ in their axes [B, T]; given {given}")
     return leading.pop()
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Path -> shape, for comparing trees of any dtype."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): a.shape for path, a in leaves}
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:

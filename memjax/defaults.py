@@ -72,7 +72,8 @@ def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> C
         for option, field in mixer_options(name).items():
             value = field.default
             if value is None:
-                value = config_dict.placeholder(typing.get_args(field.type)[0])
+                kind = typing.get_args(field.type)[0]
+                value = config_dict.placeholder(typing.get_origin(kind) or kind)
             found[name][option] = value
         found[name] |= changes.get(name, {})
     return ConfigDict(found)
@@ -83,9 +84,12 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
     positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora et al.
     2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only."""
     plain = {"heads": 1, "rotary_base": 0.0, "convolution": 0, "norm": "layer", "gate": "none"}
+    plain |= {"frozen_chunk": 4}  # 16 tokens bind the pairs
     options = {name: value for name, value in plain.items() if name in mixer_options(cell)}
-    # A window of a quarter of the sequence, and states of 64 x 64 for all memories.
+    # A window of a quarter of the sequence, matrices of 64 x 64; memories that learn keep a
+    # momentum and frozen weights of that size too, and RWKV keeps its token shift.
     sizes = {"sliding_window": {"window": 16}, "gla": {"key_dim": 64}}
+    sizes |= dict.fromkeys(("omega_net", "atlas"), {"key_dim": 64, "degree": 1})
     options |= {**sizes, "mamba2": {"expand": 1, "state_dim": 64}}.get(cell, {})
     settings = config(
         data,

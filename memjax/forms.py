@@ -23,12 +23,13 @@ def table() -> Mapping[str, Any]:
 
 def fastest(platform: str, kind: str, length: int, differentiate: bool) -> tuple[str, ...]:
     """The forms of a class of cells, fastest first, at the measured length that is nearest in
-    ratio; () when none was measured.
+    ratio; () when none within a factor of 8 was measured.
     """
     direction = DIRECTIONS[differentiate]
     rows = table().get(platform, {}).get(kind, {}).get(direction, [])
-    nearest = min(rows, key=lambda row: abs(math.log(row[0] / length)), default=(0, ()))
-    return tuple(nearest[1])
+    near = [(abs(math.log(measured / length)), order) for measured, order in rows]
+    distance, order = min(near, key=lambda pair: pair[0], default=(math.inf, ()))
+    return tuple(order) if distance <= math.log(8) else ()
 
 
 def updated(old: Mapping[str, Any], platform: str, records: Iterable[Mapping]) -> dict[str, Any]:

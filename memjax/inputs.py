@@ -38,11 +38,11 @@ def field_shape(field: Field, cell: MemoryCell, queries: int = 1) -> tuple[int, 
 
 
 def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """One leaf in float64. value, bonus: normal; query, key: uniform on the unit sphere; log_decay:
-    -softplus(z - 1); rate, query_rate, and the rates of a multiple: low + (high - low) sigmoid(z),
-    with z normal."""
+    """One leaf in float64. value, exponent, bonus: normal; query, key: uniform on the unit sphere;
+    log_decay: -softplus(z - 1); rate, query_rate, and the rates of a multiple: low + (high - low)
+    sigmoid(z), with z normal."""
     normal = rng.normal(size=shape)
-    if field.kind in ("value", "bonus"):
+    if field.kind in ("value", "exponent", "bonus"):
         return normal
     if field.kind in ("query", "key"):
         return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
@@ -51,6 +51,6 @@ def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -
     if field.kind in ("rate", "query_rate", "multiple"):
         return field.low + (field.high - field.low) / (1 + np.exp(-normal))
     raise ValueError(
-        f"field kind {field.kind!r}: allowed are query, key, value, bonus, log_decay, rate, "
-        "query_rate and multiple"
+        f"field kind {field.kind!r}: allowed are query, key, value, exponent, bonus, log_decay, "
+        "rate, query_rate and multiple"
     )

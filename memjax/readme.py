@@ -1,8 +1,7 @@
-"""Writes the README's table of cells from the registry and a benchmark's figures.
+"""Writes the README's table of cells from the registry and the figures of benchmark runs.
 
-    python -m memjax.benchmark --length=1,64,1024,4096,16384 --record \\
-        --out=experiments/benchmark/cpu.json
-    python -m memjax.readme README.md experiments/benchmark/cpu.json
+python -m memjax.benchmark --length=4096 --out=experiments/benchmark/cpu.json
+python -m memjax.readme README.md experiments/benchmark/cpu.json
 """
 
 import json
@@ -18,15 +17,9 @@ from memjax.config import UserError, exit_on_user_error, user_errors, write_text
 
 BEGIN, END = "<!-- cells: written by python -m memjax.readme -->\n", "<!-- /cells -->\n"
 LENGTH = 4096
-HEADINGS = (
-    "cell",
-    "recurrence (one head, one token)",
-    "state",
-    "scan",
-    "chunked",
-    "decode",
-    "paper",
-)
+SIZES = {"batch": 1, "heads": 4, "dim": 64, "chunk": 0}  # what the README says the figures are of
+MICROSECONDS = "scan µs", "chunked µs", "decode µs"
+HEADINGS = "cell", "what a token does", "state", *MICROSECONDS, "paper"
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -35,8 +28,9 @@ def rows(records: Records) -> Iterator[list[str]]:
     """One list of texts for each cell; "-" where nothing was measured."""
     for name in cells.names():
         spec = cells.get(name)
+        kind = type(spec.cell()).__name__  # several layers may have one memory
         ours = (r for r in records if r["form"] in FORMS)
-        found = {r["form"]: r for r in ours if (r["cell"], r["length"]) == (name, LENGTH)}
+        found = {r["form"]: r for r in ours if (r["class"], r["length"]) == (kind, LENGTH)}
         states = [r["state_bytes"] for r in found.values()]
         decode = [r["decode_us"] for r in found.values()]
         yield [
@@ -76,13 +70,23 @@ def written(readme: str, records: Records) -> str:
 
 @exit_on_user_error
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) != 3:
-        raise UserError("usage: python -m memjax.readme README.md FIGURES.json")
-    readme, figures = map(pathlib.Path, arguments[1:])
-    with user_errors(f"memjax.readme {readme} {figures}", OSError, ValueError, KeyError):
-        records = json.loads(figures.read_text(encoding="utf-8"))["records"]
-        text = written(readme.read_text(encoding="utf-8"), records)
-        write_text(str(readme), text)
+    if len(arguments) < 3:
+        raise UserError("usage: python -m memjax.readme README.md FIGURES.json ..")
+    readme, *figures = map(pathlib.Path, arguments[1:])
+    records = [record for path in figures for record in read(path)]
+    with user_errors(str(readme), OSError):
+        write_text(str(readme), written(readme.read_text(encoding="utf-8"), records))
+
+
+def read(figures: pathlib.Path) -> Records:
+    """The records of a benchmark's --out; UserError unless they are of the table's sizes."""
+    with user_errors(f"{figures}: no figures of a benchmark", OSError, ValueError, KeyError):
+        found = json.loads(figures.read_text(encoding="utf-8"))
+        records, where = found["records"], found["platform"]
+        sizes = {tuple(record[name] for name in SIZES) for record in records}
+    if where != "cpu" or sizes - {tuple(SIZES.values())}:
+        raise UserError(f"{figures}: the table is of {SIZES} on cpu; given {sizes} on {where}")
+    return records
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class ChannelSpec:
     """A channel mixer, which follows the token mixer in a layer.
 
     mixer: the Linen module, (x, state, ctx) -> (y, state, ctx), with the fields dim, hidden, std,
-    out_scale and dtype.
+    out_scale and dtype; one with an initialisation of its own may ignore std and out_scale.
     """
 
     name: str

@@ -32,7 +32,8 @@ from memjax.data import tokens as text_tokens
 from memjax.nn.lm import capacity, initial_state
 
 UNFINISHED = 75  # exit code of an interrupted run, EX_TEMPFAIL: the same command continues it
-MAY_CHANGE = ("checkpoint", "eval", "log", "mesh")  # config fields that a resumed run may change
+# Config fields that a resumed run may change.
+MAY_CHANGE = ("checkpoint", "eval", "log", "mesh", "next_steps")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 

@@ -48,9 +48,9 @@ class Field:
     `memjax.run` checks the shape; tests and benchmarks draw their inputs from the rest.
 
     shape: the axes of one token of one head, in letters of the legend ("K", "V", "G K", "").
-    kind: "query" (unit norm), "key" (unit norm), "value" (normal), "bonus" (normal; for the
-    answer to its own token only), "log_decay" (<= 0), "rate", "query_rate" (a rate that only the
-    answer depends on), or "multiple", another leaf times a rate per channel.
+    kind: "query", "key" (unit norm), "value" (normal), "exponent" (normal; of a weight), "bonus"
+    (the same for the answer to its own token only), "log_decay" (<= 0), "rate", "query_rate" (a
+    rate that only the answer depends on), or "multiple", another leaf times a rate per channel.
     low, high: the closed range of the rate. of: the leaf that a multiple is of.
     """
 

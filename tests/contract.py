@@ -51,7 +51,8 @@ class Given(NamedTuple):
 def cases(variants: bool = True) -> list[Case]:
     """Every registered cell, and its variants when asked for, with small chunks.
 
-    A cell that stands behind several names is there once, under that of its own file.
+    A cell that stands behind several names, whatever its scale, is there once, under that of its
+    own file.
     """
     found: dict[MemoryCell, Case] = {}
     specs = [memjax.cells.get(name) for name in memjax.cells.names()]
@@ -62,7 +63,8 @@ def cases(variants: bool = True) -> list[Case]:
             makers |= {f"{name}-{variant}": make for variant, make in spec.variants.items()}
         for label, make in makers.items():
             case = small(Case(label, spec, make()))
-            found.setdefault(case.cell, case)
+            plain = {"scale": None} if hasattr(case.cell, "scale") else {}
+            found.setdefault(dataclasses.replace(case.cell, **plain), case)
     return list(found.values())
 
 

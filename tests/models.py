@@ -40,15 +40,10 @@ COMBINED = {
     "nested": ((("hybrid(attention, hybrid(sliding_window, delta_net))",), 1),),
 }
 FAST = {**CELLS, **COMBINED}
+# Every cell behind another layer, beside attention, in a scan over layers.
 PRODUCT = {
-    f"{form}-{cell}": layers
+    f"product-{cell}": ((("base_conv",), 1), ((f"hybrid(sliding_window, {cell})",), 2))
     for cell in memjax.cells.names()
-    for form, layers in {
-        "scanned": (((cell,), 2),),
-        "behind_base_conv": ((("base_conv", cell), 2),),
-        "hybrid": (((f"hybrid(sliding_window, {cell})",), 2),),
-        "sequential": (((f"hybrid({cell}, delta_net)",), 1),),
-    }.items()
 }
 ALL = {**FAST, **PRODUCT}
 
@@ -64,7 +59,8 @@ def options(layers, changes=None) -> dict:
     """Two heads everywhere, windows of 3 and room for 40 tokens where a layer has a capacity."""
     found = {}
     for name in {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}:
-        small = {"heads": 2, "window": 40 if hasattr(get(name).mixer, "capacity") else 3}
+        window = 40 if hasattr(get(name).mixer, "capacity") else 3
+        small = {"heads": 2, "frozen_chunk": 4, "window": window}
         found[name] = {k: v for k, v in small.items() if k in mixer_options(name)}
     for name, changed in (changes or {}).items():
         found[name] |= changed

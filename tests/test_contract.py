@@ -2,8 +2,9 @@
 
 Fast tests hold every cell to the laws of values, gradients, splits, resets, causality and layout,
 the leaders to all laws, and one cell to those of the machinery that all share (heads, jax's
-transformations). The other cells' turn at those, and the full product of variants, lengths,
-scenarios and forms, are marked slow. A test covers all forms of a cell, which share compiled code.
+transformations). The other cells' turn at those, and the full product of cells, lengths, scenarios
+and forms, are marked slow; variants have their part in its values and gradients. A test covers all
+forms of a cell, which share compiled code.
 """
 
 import itertools
@@ -157,7 +158,7 @@ def test_every_length_and_scenario(case, form, length):
 
 
 @slow
-@each_form(CASES, state=lambda case: (False, True))
+@each_form(CELLS, state=lambda case: (False, True))
 def test_every_scenario_without_masks_or_state(case, form, state):
     length = max(contract.lengths(case.cell))
     for scenario in contract.scenarios(case):
@@ -167,7 +168,7 @@ def test_every_scenario_without_masks_or_state(case, form, state):
 
 
 @slow
-@each_form(CASES, second=contract.forms)
+@each_form(CELLS, second=contract.forms)
 def test_every_split(case, form, second):
     case, length = contract.small(case, 4), 3 * 4 + 5
     checks.check_split(case, form, second, length, range(1, length, 2))
@@ -175,7 +176,7 @@ def test_every_split(case, form, second):
 
 
 @slow
-@each_form(CASES)
+@each_form(CELLS)
 def test_every_law(case, form):
     checks.check_resets(case, form)
     checks.check_unwritten(case, form)

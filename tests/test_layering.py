@@ -98,7 +98,7 @@ LAYERS = {
     **{name: Layer(ours=("memjax",), packages=ANY) for name in COMMANDS},
     "memjax": Layer(ours=("memjax",), packages=ANY),
     "configs": Layer(ours=("memjax",), packages=("ml_collections",), never=COMMANDS),
-    "experiments": Layer(packages=ANY),
+    "experiments": Layer(ours=("memjax",), packages=ANY),
 }
 
 

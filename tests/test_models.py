@@ -1,7 +1,7 @@
 """Whole models over every registered mixer: decoding, splitting, documents, padding, causality.
 
 The bound is the contract's: max(1e-5, 3 x the float32 forward pass's own distance from float64).
-The plain tests take each cell alone and four combinations; the full product is marked slow.
+The plain tests take each cell alone and `models.COMBINED`; the full product is marked slow.
 """
 
 import contract
@@ -68,8 +68,13 @@ def test_split(name):
     check_split(name, (BORDER,))
 
 
+# Where each kind of state is cut or emptied at every token: convolutions, token shifts, rings,
+# matrices, frozen chunks with a window.
+EVERY = (*models.COMBINED, "mamba2", "attention", "omega_net")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", models.FAST)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_split(name):
     check_split(name, range(1, LENGTH))
 
@@ -92,7 +97,7 @@ def test_resets_equal_separate_documents(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", models.FAST)
+@pytest.mark.parametrize("name", EVERY)
 def test_resets_anywhere_equal_separate_documents(name):
     for border in range(1, LENGTH):
         check_resets(name, border)
@@ -198,7 +203,13 @@ def test_select_equals_indexing():
     contract.assert_identical(same, state, "select")
 
 
-@each("delta_net", "attention", "scanned")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(fast := ("delta_net", "attention", "scanned")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in models.FAST if n not in fast),
+    ],
+)
 def test_bfloat16_is_off_by_rounding(name):
     """Rounding the weights alone to bfloat16 moves the float32 model by d. A bfloat16 model
     rounds, at each product, the weight, the input, the answer and what follows it: 4 independent
@@ -218,7 +229,7 @@ def test_bfloat16_is_off_by_rounding(name):
     assert far <= bound, f"{name}: bfloat16 is {far:.2e} from float32; allowed {bound:.2e}"
 
 
-@pytest.mark.parametrize("name", ["scanned-delta_net"])
+@pytest.mark.parametrize("name", ["product-delta_net"])
 def test_remat_changes_memory_only(name):
     tokens, results = models.text(), []
     for remat in ("none", "full"):

@@ -27,7 +27,7 @@ def drawn(seed, scale=1.0, length=T):
     k, v = rng.normal(size=(2, B, length, 2, 6)).astype(np.float32)
     w, u = -np.exp(rng.normal(size=(2, 6))), rng.normal(size=(2, 6))
     shape = k.shape
-    xs = rwkv4.Inputs(scale * k, v, *(np.broadcast_to(a, shape).astype(np.float32) for a in (w, u)))
+    xs = rwkv4.Inputs(v, scale * k, *(np.broadcast_to(a, shape).astype(np.float32) for a in (w, u)))
     return xs, w, u
 
 
@@ -220,6 +220,9 @@ def test_initial_weights_follow_layer_and_channel():
     assert distance(mixer["mix_k"][1], 1 - (i / 16) ** (0.7 * 2 / 3)) < 1e-6
     assert distance(mixer["norm_scale"][1], np.full(16, (2 / 3) ** 0.7)) < 1e-6
     assert distance(both["channel"]["mix_k"][1], 1 - (i / 16) ** ((2 / 3) ** 4)) < 1e-6
+    hidden = initial("rwkv4", 1)["channel"]["key"]["kernel"]  # wider than the input: gain > 1
+    wide = hidden.shape[1] / hidden.shape[0]
+    assert distance(hidden @ hidden.T, wide * np.eye(len(hidden))) < 1e-5
     assert np.abs(mixer["key"]["kernel"]).max() <= 0.05 / 4 < np.abs(mixer["value"]["kernel"]).max()
 
 

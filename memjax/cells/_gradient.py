@@ -7,7 +7,7 @@ momentum (Behrouz et al. 2025, arXiv 2501.00663, Eq. 9-14; 2505.23735, Eq. 9-16)
 
     U_t = sum_{j<c} r_t[j] grad loss(W_b; k_{t-j}, v_{t-j})
     Z_t = e^(m_t) Z_{t-1} - U_t;   W_t = e^(a_t) W_{t-1} + Z_t;   y_t = M(q_t; W_t)
-    or, with a function f of a matrix:   W_t = e^(a_t) W_{t-1} + s_t f(Z_t)
+    or, with a function F of a matrix:   W_t = e^(a_t) W_{t-1} + s_t F(Z_t)
     loss = ||M(k) - v||^2, or -<M(k), v>
 
 W_b is frozen: the weights in front of the frozen chunk's first token. Frozen chunks of C written
@@ -15,17 +15,17 @@ tokens are counted from a document's start, so that C is part of the definition.
 gradient of layer l at pair i is an outer product of what goes into the layer, h_i, and an error
 d_i, so that all tokens of a chunk are answered by matrix products, without weights per token:
 
-    x W_t = e^(a_1 + .. + a_t) x W_0 + f_t x Z_0 - sum_i G[t, i] (x . h_i) d_i
-    G = A H R;  A[t, j] = e^(a_{j+1} + .. + a_t);  H the same with m;  R[t, i] = r_t[t - i]
-    f_t = sum_{j<=t} A[t, j] e^(m_1 + .. + m_j)
+    x W_t = e^(a_1 + .. + a_t) x W_0 + p_t x Z_0 - sum_i G[t, i] (x . h_i) d_i
+    G = A B R;  A[t, j] = e^(a_{j+1} + .. + a_t);  B the same with m;  R[t, i] = r_t[t - i]
+    p_t = sum_{j<=t} A[t, j] e^(m_1 + .. + m_j)
 
-for layer after layer of the network. The state after the chunk has the same form. With f the Z_t
-and W_t of a chunk are formed, C matrices of each layer.
+for layer after layer of the network. The state after the chunk has the same form. With F the Z_t
+and W_t of a chunk are formed, C matrices of each layer. Without momentum B = 1 and Z_t = -U_t.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +52,17 @@ Layers = tuple[Float[Array, "m n"], ...]
 class Terms(NamedTuple):
     """What each token brings, in the letters of the module's docstring.
 
-    q, k: [..., K]; v: [..., V]; a, m: [...]; r: [..., c], the step times the weight of each pair;
-    s: [...], the step of a transformed momentum, see `GradientMemory.transform`.
+    q, k: [..., K]; v: [..., V]; a: [...]; r: [..., c], the step times the weight of each pair;
+    m: [...], None without momentum; s: [...], the step of a transformed momentum, see
+    `GradientMemory.transform`.
     """
 
     q: Array
     k: Array
     v: Array
     a: Array
-    m: Array
     r: Array
+    m: Array | None = None
     s: Array | None = None
 
 
@@ -76,10 +77,10 @@ class Pairs(NamedTuple):
 
 class Learner(NamedTuple):
     """weights, momentum, base: the layers of W, Z and W_b. place: written tokens of the running
-    frozen chunk, counted from 0 to C - 1. pairs: None when c = 1."""
+    frozen chunk, counted from 0 to C - 1. pairs: None when c = 1; momentum: None without."""
 
     weights: Layers
-    momentum: Layers
+    momentum: Layers | None
     base: Layers
     place: Int[Array, ""]
     pairs: Pairs | None
@@ -99,7 +100,7 @@ class GradientMemory(MemoryCell):
     value_dim: int
     depth: int = 1
     expansion: int = 4
-    frozen_chunk: int = 64
+    frozen_chunk: int = 16
     loss: str = "l2"
     std: float = 0.02
 
@@ -119,13 +120,18 @@ class GradientMemory(MemoryCell):
         """c, the pairs that a step learns from."""
         return 1
 
+    @property
+    def momentum(self) -> bool:
+        """Whether steps have momentum."""
+        return True
+
     def terms(self, xs: PyTree) -> Terms:
         """Inputs, with any axes in front, in the letters of the module's docstring."""
         raise NotImplementedError(f"{type(self).__name__} must define terms")
 
     @property
     def transform(self) -> Callable[[Array], Array] | None:
-        """f of the module's docstring, of matrices [..., m, n]; None for the momentum itself."""
+        """F of the module's docstring, of matrices [..., m, n]; None for the momentum itself."""
         return None
 
     # ------------------------------------------------------------ the network
@@ -171,9 +177,8 @@ class GradientMemory(MemoryCell):
     def init_state(self, params: Layers) -> Learner:
         """The learned weights, no momentum, no pairs."""
         zero = jnp.zeros((), jnp.int32)
-        momentum, pairs = jax.tree.map(jnp.zeros_like, params), None
-        if self.pairs > 1:
-            pairs = self.no_pairs(self.pairs - 1)
+        momentum = jax.tree.map(jnp.zeros_like, params) if self.momentum else None
+        pairs = self.no_pairs(self.pairs - 1) if self.pairs > 1 else None
         return Learner(params, momentum, params, zero, pairs)
 
     def no_pairs(self, size: int) -> Pairs:
@@ -190,15 +195,20 @@ class GradientMemory(MemoryCell):
         rates = jnp.where(age <= past.number, x.r[age], 0)
         entering, errors = self.gradients(base, k, v)
         momentum = tuple(
-            jnp.exp(x.m) * z - dot("i,im,in->mn", rates, h, d)
-            for z, h, d in zip(state.momentum, entering, errors, strict=True)
+            -dot("i,im,in->mn", rates, h, d) for h, d in zip(entering, errors, strict=True)
         )
+        if state.momentum is not None:
+            fade = jnp.exp(x.m)
+            momentum = tuple(
+                fade * z + step for z, step in zip(state.momentum, momentum, strict=True)
+            )
         transform = self.transform
         steps = momentum if transform is None else tuple(x.s * transform(z) for z in momentum)
         weights = tuple(jnp.exp(x.a) * w + z for w, z in zip(state.weights, steps, strict=True))
         number = jnp.minimum(past.number + 1, self.pairs - 1)
         pairs = state.pairs and Pairs(k[1:], v[1:], number)
-        return Learner(weights, momentum, base, (state.place + 1) % self.frozen_chunk, pairs)
+        kept = None if state.momentum is None else momentum
+        return Learner(weights, kept, base, (state.place + 1) % self.frozen_chunk, pairs)
 
     def read(self, params, state, x):
         q = self.terms(x).q
@@ -220,6 +230,9 @@ class GradientMemory(MemoryCell):
         terms, length = self.terms(promote(xs, dtype)), jax.tree.leaves(xs)[0].shape[0]
         aligned = state is None and reset is None and write is None
         written = jnp.ones(length, bool) if write is None else write
+        if write is not None:  # what an unwritten token holds, even NaN, must not matter
+            zeroed = select(write, terms, jax.tree.map(jnp.zeros_like, terms))
+            terms = zeroed._replace(q=terms.q)
         chunks = to_chunks((terms, reset, written), min(self.frozen_chunk, length))
 
         @jax.checkpoint
@@ -268,22 +281,22 @@ class GradientMemory(MemoryCell):
 
         learnt: h and d of every pair, see `gradients`. fresh: where later documents begin.
         """
-        a, m = (jnp.where(use, jnp.maximum(g, -1e4), 0) for g in (x.a, x.m))
-        size = len(use)
         same = jnp.tril(whole.document[:, None] == whole.document)
-        fading, pushing = (decay_between(g, same) for g in (a, m))
+        live = whole.live.astype(x.a.dtype)
+        fading, faded = decay(x.a, use, same)
         fading = fading * use  # a token that does not learn adds no momentum to the weights
-        faded, pushed = (jnp.exp(dot("tj,j->t", same, g)) for g in (a, m))
-        live = whole.live.astype(faded.dtype)
-        push = dot("tj,ji->ti", pushing, whole.rates(x.r, use))
         starts = [(faded * live, state.weights)]
         if fresh is not None:
             starts.append((faded * (1 - live), fresh.weights))
-        pushed = pushed * live
-        momentum = tuple(
-            pushed[-1] * z - dot("im,i,in->mn", h, push[size - 1], d)
-            for z, h, d in zip(state.momentum, *learnt, strict=True)
-        )
+        push, momentum = whole.rates(x.r, use), state.momentum
+        pushed: Any = None
+        if momentum is not None:
+            pushing, pushed = decay(x.m, use, same)
+            push, pushed = dot("tj,ji->ti", pushing, push), pushed * live
+            momentum = tuple(
+                pushed[-1] * z - dot("im,i,in->mn", h, push[-1], d)
+                for z, h, d in zip(momentum, *learnt, strict=True)
+            )
         transform = self.transform
         if transform is not None:
             momenta = [
@@ -296,8 +309,9 @@ class GradientMemory(MemoryCell):
                 for layer, z in enumerate(momenta)
             ]
             y = self.apply(lambda layer, h: dot("tm,tmn->tn", h, every[layer]), x.q)
-            return y, tuple(w[size - 1] for w in every), momentum
-        starts.append((dot("tj,j->t", fading, pushed), state.momentum))
+            return y, tuple(w[-1] for w in every), momentum
+        if momentum is not None:
+            starts.append((dot("tj,j->t", fading, pushed), state.momentum))
         step = dot("tj,ji->ti", fading, push)
 
         def multiply(layer, x):
@@ -309,17 +323,21 @@ class GradientMemory(MemoryCell):
 
         weights = []
         for layer, (h, d) in enumerate(zip(*learnt, strict=True)):
-            new = -dot("im,i,in->mn", h, step[size - 1], d)
+            new = -dot("im,i,in->mn", h, step[-1], d)
             weights.append(new + sum(scale[-1] * start[layer] for scale, start in starts))
         return self.apply(multiply, x.q), tuple(weights), momentum
 
 
-def decay_between(g: Float[Array, " C"], visible: Bool[Array, "C C"]) -> Float[Array, "C C"]:
-    """exp(g_{j+1} + .. + g_i) where visible, 0 elsewhere; the sum of just those terms."""
-    size = g.shape[0]
-    after = jnp.where(jnp.tril(jnp.ones((size, size), bool), -1), g[:, None], 0)  # l > j
-    through = dot("il,lj->ij", jnp.tril(jnp.ones((size, size), g.dtype)), after)
-    return jnp.exp(jnp.where(visible, through, -jnp.inf))
+def decay(
+    g: Float[Array, " C"], use: Bool[Array, " C"], visible: Bool[Array, "C C"]
+) -> tuple[Float[Array, "C C"], Float[Array, " C"]]:
+    """exp(g_{j+1} + .. + g_i) where visible and 0 elsewhere, and exp of all visible terms of i; the
+    terms of `use` alone count. Each exponent is the sum of just its terms."""
+    g = jnp.where(use, jnp.maximum(g, -1e4), 0)  # exp is zero there; -inf would meet 0
+    lower = jnp.tril(jnp.ones((len(g), len(g)), bool))
+    after = jnp.where(lower & ~jnp.eye(len(g), dtype=bool), g[:, None], 0)  # l > j
+    through = jnp.where(visible, dot("il,lj->ij", lower, after), -jnp.inf)
+    return jnp.exp(through), jnp.exp(dot("tj,j->t", visible, g))
 
 
 class Window(NamedTuple):

@@ -8,13 +8,16 @@ Behrouz et al. 2025, arXiv 2505.23735, Eq. 9-10 and 32-33 (the signs of Eq. 11 a
 misprints), with gradients frozen for chunks of C tokens (Eq. 15). alpha here is what is kept,
 theta the momentum, eta the step. NS is Newton and Schulz's iteration, as in Muon: an odd function
 that leaves the singular vectors and brings the singular values near 1; the paper's other form (Eq.
-57), without eta outside, is eta = 1. newton_schulz = 0 leaves it out: with c = 1 that is Titans.
+57), without eta outside, is eta = 1. newton_schulz = 0 is Eq. 12-13, S_t = theta_t S_{t-1} - eta_t
+U_t and M_t = alpha_t M_{t-1} + S_t: with c = 1 that is Titans.
 
 Special cases: loss "dot" of a network is DLA (Eq. 19, with the sign that Eq. 51 needs), of a matrix
-with c > 1 SWLA (Eq. 20). The pairs of a window are carried across the borders of chunks.
+with c > 1 SWLA (Eq. 20; its start is zero: std = 0). The pairs of a window are carried across the
+borders of chunks.
 
-A matrix and keys of unit norm: without momentum errors shrink when eta c C <= 1. With NS the
-weights stay below 1.2 eta / (1 - alpha) in spectral norm per unit step, for any eta.
+A matrix and keys of unit norm, one constant key: without momentum errors do not grow when eta c C
+<= 1. With NS each step adds at most 1.21 eta to a layer's spectral norm, so that it stays below
+alpha^t ||M_0|| + 1.21 eta / (1 - alpha) for any eta.
 """
 
 import dataclasses
@@ -72,9 +75,12 @@ class OmegaNet(GradientMemory):
     def pairs(self):
         return self.context
 
+    @property
+    def momentum(self):
+        return False
+
     def terms(self, xs):
-        none = jnp.full_like(xs.alpha, -jnp.inf)  # no momentum
-        return Terms(xs.q, xs.k, xs.v, xs.alpha, none, xs.eta[..., None] * xs.gamma)
+        return Terms(xs.q, xs.k, xs.v, xs.alpha, xs.eta[..., None] * xs.gamma)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +92,25 @@ class Atlas(OmegaNet):
     newton_schulz: int = 5
 
     @property
+    def momentum(self):
+        return True
+
+    @property
     def transform(self):
         if self.newton_schulz:
             return functools.partial(orthogonalise, steps=self.newton_schulz)
         return None
 
     def terms(self, xs):
-        given = xs.q, xs.k, xs.v, xs.alpha, xs.theta
+        given = xs.q, xs.k, xs.v, xs.alpha
         if self.newton_schulz:
-            return Terms(*given, xs.gamma, xs.eta)
-        return Terms(*given, xs.eta[..., None] * xs.gamma)
+            return Terms(*given, xs.gamma, xs.theta, xs.eta)
+        return Terms(*given, xs.eta[..., None] * xs.gamma, xs.theta)
 
 
 def orthogonalise(x: Float[Array, "... m n"], steps: int) -> Float[Array, "... m n"]:
     """Newton and Schulz's quintic iteration with Muon's coefficients (Jordan et al. 2024): singular
-    values of x over its norm, brought near 1; about [0.68, 1.13] after 5 steps. Zero stays zero."""
+    values of x over its norm, brought near 1: by 5 steps above 1 % to [0.68, 1.2]. 0 stays 0."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -129,11 +139,11 @@ def polynomial(x: Float[Array, "... n"], weights: Float[Array, " p"]) -> Float[A
 
 class OmegaNetMixer(ProjectionMixer):
     """Queries and keys of unit norm through polynomial features; alpha = sigmoid(W x + 4), gamma =
-    sigmoid(W x) and eta = sigmoid(W x) / (c C), inside the stable region of a matrix.
+    sigmoid(W x) and eta = sigmoid(W x) / (c C): where a matrix is stable for one constant key.
 
     key_dim: before the features. degree: of the polynomial, 1 for none; its weights are learned
-    from 1 / i!. depth, expansion, frozen_chunk, context: see the cell. The gates' form and all
-    sizes are our choice, as the paper gives none.
+    from 1 / i!. depth, expansion, frozen_chunk, context, loss: see the cell. The gates' form and
+    all sizes are our choice, as the paper gives none.
     """
 
     key_dim: int | None = 16
@@ -143,6 +153,7 @@ class OmegaNetMixer(ProjectionMixer):
     expansion: int = 4
     frozen_chunk: int = 16
     context: int = 4
+    loss: str = "l2"
 
     @property
     def features(self) -> int:
@@ -151,7 +162,7 @@ class OmegaNetMixer(ProjectionMixer):
         return size if self.degree == 1 else math.comb(size + self.degree, self.degree)
 
     def make_cell(self):
-        sizes = self.depth, self.expansion, self.frozen_chunk
+        sizes = self.depth, self.expansion, self.frozen_chunk, self.loss
         return OmegaNet(self.features, self.sizes()[1], *sizes, context=self.context)
 
     def setup(self):
@@ -179,12 +190,12 @@ class OmegaNetMixer(ProjectionMixer):
 
 class AtlasMixer(OmegaNetMixer):
     """The same with theta = sigmoid(W x + 1.4). newton_schulz: see the cell; with 0 eta is
-    sigmoid(W x) (1 - theta) / (2 c C), the stable region with momentum."""
+    sigmoid(W x) (1 - theta) / (2 c C)."""
 
     newton_schulz: int = 5
 
     def make_cell(self):
-        sizes = self.depth, self.expansion, self.frozen_chunk
+        sizes = self.depth, self.expansion, self.frozen_chunk, self.loss
         steps = self.newton_schulz
         return Atlas(
             self.features, self.sizes()[1], *sizes, context=self.context, newton_schulz=steps
@@ -212,7 +223,7 @@ register(
         recurrence="M = α M − η Σ γ ∇‖M(kᵢ) − vᵢ‖² over the last c tokens, ∇ frozen per chunk",
         variants={
             "deep": lambda: OmegaNet(4, 4, 2, 2, frozen_chunk=5, std=0.5, context=7),
-            "dot": lambda: OmegaNet(8, 6, frozen_chunk=8, loss="dot", context=2),
+            "dla": lambda: OmegaNet(4, 4, 2, 2, 5, "dot", std=0.5, context=2),
         },
     )
 )

@@ -8,7 +8,7 @@ beta in [0, 1]; scale = K^-1/2. x_t is what `iterations` steps of Chebyshev's it
 eigenvalues between a ||H|| and (1 + a) ||H||. Its relative error after r steps is at most
 2 ((s - 1) / (s + 1))^(r + 1) with s^2 = (1 + a) / a; gradients are those of the iteration. An empty
 memory (H = 0) answers zero. Stable for all inputs within their ranges: the ridge bounds the
-condition number by (1 + a) / a.
+condition number by (1 + a) / a. Where ||H||^2 underflows (beta below 1e-9) H counts as 0.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from memjax.recurrence import (
     per_head,
     power_of_two_at_least,
     promote,
+    select,
     to_chunks,
 )
 from memjax.registry import CellSpec, register
@@ -122,9 +123,10 @@ class GatedKalmaNet(MemoryCell):
         the decays D and f of `memjax.cells._matrix`, and no H_t is formed."""
         dtype, length = accumulator_dtype(state, xs), xs.q.shape[0]
         output, xs = xs.q.dtype, promote(xs, dtype)
+        if write is not None:  # what an unwritten token holds, even NaN, must not matter
+            zeroed = select(write, xs, jax.tree.map(jnp.zeros_like, xs))
+            xs = zeroed._replace(q=xs.q, alpha=xs.alpha)
         beta, g = xs.beta[:, None], jnp.maximum(xs.g, -1e4)
-        if write is not None:
-            beta, g = jnp.where(write[:, None], beta, 0), jnp.where(write, g, 0)
         tokens = xs.q, beta * xs.k, beta * xs.v, g[:, None], xs.alpha[:, None], reset
         state = self.fresh(params, dtype) if state is None else state
         size = min(self.chunk or 64, power_of_two_at_least(length))
@@ -167,7 +169,8 @@ class GatedKalmaNet(MemoryCell):
 
 
 class GatedKalmaNetMixer(DeltaNetMixer):
-    """Gated DeltaNet's layer; alpha = sigmoid(W x + b). ridge, iterations: see the cell."""
+    """Gated DeltaNet's layer with beta + 1e-6; alpha = sigmoid(W x + b). beta_max is 1. ridge,
+    iterations: see the cell."""
 
     gate: str = "silu"
     ridge: float = 0.02
@@ -178,11 +181,14 @@ class GatedKalmaNetMixer(DeltaNetMixer):
 
     def setup(self):
         super().setup()
+        if self.beta_max > 1:
+            raise ValueError(f"gated_kalmanet: beta_max must lie in (0, 1]; given {self.beta_max}")
         self.log_decay = LogDecay(self.memories, std=self.std, low=0.0)
         self.share = Gate(self.memories, self.std)
 
     def inputs(self, x, state, ctx):
         xs, kept, state = super().inputs(x, state, ctx)
+        xs = xs._replace(beta=xs.beta + 1e-6)
         alpha = jax.nn.sigmoid(self.share(x))
         return Inputs(**xs._asdict(), g=self.log_decay(x), alpha=alpha), kept, state
 

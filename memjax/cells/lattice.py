@@ -10,8 +10,10 @@ those of the slots in front of a chunk of C written tokens (C = 1 is the exact r
 normalised at its end, answers are read from normalised slots, the start is learned. Without
 retraction slots are stored as they grow, and the step is divided by their norm.
 
-Stable for all inputs: slots have unit norm at the borders of chunks (a norm below 1e-6 counts as
-1e-6). Without retraction beta must stay away from 0: the step grows as a slot shrinks.
+C = 1 is stable for all inputs: slots have unit norm (a norm below 1e-6 counts as 1e-6). Within a
+longer chunk a slot is multiplied by beta - gamma w_i (s_i . h) token by token: stable where
+gamma |w_i| |s_i . h| <= 1 + beta; beyond, it grows up to the C-th power of that, and rounding with
+it. Without retraction beta must stay away from 0: the step grows as a slot shrinks.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from jax import lax
 
 from memjax.cell import MemoryCell
 from memjax.cells._matrix import dot
-from memjax.nn.layers import Gate
+from memjax.nn.layers import Gate, widen
 from memjax.nn.mixer import ProjectionMixer
 from memjax.recurrence import (
     accumulator_dtype,
@@ -66,6 +68,8 @@ def inverse_norm(square: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def unit(slots: Float[Array, "... V"]) -> Float[Array, "... V"]:
     """Slots of unit norm."""
+    largest = jnp.max(jnp.abs(slots), axis=-1, keepdims=True)  # whose square may overflow
+    slots = slots / lax.stop_gradient(jnp.maximum(largest, 1.0))
     return slots * inverse_norm(jnp.sum(jnp.square(slots), axis=-1, keepdims=True))
 
 
@@ -142,6 +146,8 @@ class Lattice(MemoryCell):
         fresh = self.fresh(params, dtype)
         written = jnp.ones(length, bool) if write is None else write
         aligned = state is None and reset is None and write is None
+        if write is not None:  # what an unwritten token holds, even NaN, must not matter
+            xs = select(write, xs, jax.tree.map(jnp.zeros_like, xs))._replace(q=xs.q)
         chunks = to_chunks((promote(xs, dtype), reset, written), min(self.frozen_chunk, length))
 
         @jax.checkpoint
@@ -195,7 +201,8 @@ class Lattice(MemoryCell):
 
 
 class LatticeMixer(ProjectionMixer):
-    """q and k of unit norm over the slots; beta = sigmoid(W x + 4), gamma = sigmoid(W x).
+    """q and k of unit norm over the slots, values of norm 1 at most; beta = sigmoid(W x + 4) and
+    gamma = sigmoid(W x) / 2.
 
     key_dim: slots; None for dim / heads. objective, frozen_chunk, retraction: see the cell. The
     gates' form is our choice, as the paper's is not public.
@@ -215,7 +222,8 @@ class LatticeMixer(ProjectionMixer):
 
     def inputs(self, x, state, ctx):
         q, k, v, state = self.project_unit(x, state, ctx)
-        beta, gamma = jax.nn.log_sigmoid(self.keep(x)), jax.nn.sigmoid(self.step(x))
+        v = v / jnp.maximum(1, jnp.linalg.norm(widen(v), axis=-1, keepdims=True)).astype(v.dtype)
+        beta, gamma = jax.nn.log_sigmoid(self.keep(x)), jax.nn.sigmoid(self.step(x)) / 2
         return Inputs(q, k, v, beta, gamma), x, state
 
 

@@ -87,7 +87,7 @@ class Mamba2Mixer(Mixer):
 register(
     CellSpec(
         name="mamba2",
-        cell=lambda: SimpleGLA(8, 6),
+        cell=lambda: SimpleGLA(8, 6, scale=1.0),
         mixer=Mamba2Mixer,
         paper="Dao & Gu 2024, arXiv 2405.21060",
         recurrence="simple_gla in Mamba-2's layer",

@@ -11,6 +11,7 @@ between the smallest and the largest value.
 """
 
 import dataclasses
+import functools
 from typing import Annotated, NamedTuple
 
 import flax.linen as nn
@@ -19,9 +20,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.nn.layers import Dense, orthogonal, previous, widen
+from memjax.nn.layers import (
+    Dense,
+    channel_vector,
+    depth_fractions,
+    orthogonal,
+    previous,
+    widen,
+)
 from memjax.nn.mixer import Mixer
-from memjax.recurrence import accumulator_dtype, per_head, promote, select
+from memjax.recurrence import (
+    accumulator_dtype,
+    from_chunks,
+    per_head,
+    power_of_two_at_least,
+    promote,
+    select,
+    to_chunks,
+)
 from memjax.registry import CellSpec, ChannelSpec, register
 from memjax.typing import Array, DTypeLike, Field, Float, PyTree
 
@@ -29,10 +45,10 @@ EMPTY = -1e38  # the exponent of nothing; -inf - (-inf) would be NaN
 
 
 class Inputs(NamedTuple):
-    """k, v: [B, T, h, V]; w: [B, T, h, V], log decay <= 0; u: [B, T, h, V], the bonus."""
+    """v, k: [B, T, h, V]; w: [B, T, h, V], log decay <= 0; u: [B, T, h, V], the bonus."""
 
-    k: Annotated[Array, Field("V", "value")]
     v: Annotated[Array, Field("V", "value")]
+    k: Annotated[Array, Field("V", "exponent")]
     w: Annotated[Array, Field("V", "log_decay")]
     u: Annotated[Array, Field("V", "bonus")]
 
@@ -64,15 +80,17 @@ def average(sums: Sums) -> Float[Array, " V"]:
 
 @dataclasses.dataclass(frozen=True)
 class RWKV4(MemoryCell):
-    """value_dim: V, the channels of one memory."""
+    """value_dim: V, the channels of one memory. chunk: tokens in a chunk of the chunked form, None
+    for 64; changes speed only."""
 
     inputs = Inputs
 
     value_dim: int
+    chunk: int | None = None
 
     def __post_init__(self):
-        if self.value_dim < 1:
-            raise ValueError(f"RWKV4: value_dim must be at least 1; given {self.value_dim}")
+        if self.value_dim < 1 or (self.chunk is not None and self.chunk < 1):
+            raise ValueError(f"RWKV4: value_dim and chunk must be at least 1; given {self}")
 
     def init_state(self, params: PyTree) -> Sums:
         """Nothing."""
@@ -91,45 +109,36 @@ class RWKV4(MemoryCell):
 
     @per_head
     def chunked(self, params, state, xs, reset, write):
-        """An associative scan over (sums, log decay), log2 T levels."""
-        dtype = accumulator_dtype(state, xs)
-        output, xs = xs.v.dtype, promote(xs, dtype)
-        fresh = self.fresh(params, dtype)
-        ones = jnp.ones_like(xs.v)
-        tokens, decay = Sums(xs.v, ones, xs.k), xs.w
-        if write is not None:  # nothing is added, nothing fades
-            nothing = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), fresh, tokens)
-            tokens, decay = select(write, (tokens, decay), (nothing, jnp.zeros_like(decay)))
-        cut = jnp.zeros(len(decay), bool) if reset is None else reset
+        """Chunk by chunk, an associative scan over (sums, log decay, border of documents)."""
+        dtype, length = accumulator_dtype(state, xs), xs.v.shape[0]
+        output, fresh = xs.v.dtype, self.fresh(params, dtype)
+        written = jnp.ones(length, bool) if write is None else write
+        cut = jnp.zeros(length, bool) if reset is None else reset
+        size = min(self.chunk or 64, power_of_two_at_least(length))
+        chunks = to_chunks((promote(xs, dtype), cut, written), size)
+        step = functools.partial(self._chunk, fresh)
+        final, y = lax.scan(step, fresh if state is None else state, chunks)
+        return from_chunks(y, length).astype(output), final
+
+    def _chunk(self, fresh, state, inputs):
+        xs, cut, written = inputs
+        own = Sums(xs.v, jnp.ones_like(xs.v), xs.k)
+        nothing = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), fresh, own)
+        tokens, decay = select(written, (own, xs.w), (nothing, jnp.zeros_like(xs.w)))
 
         def then(earlier, later):
             (a, ga, cut_a), (b, gb, cut_b) = earlier, later
             joined = add(fade(a, gb), b), jnp.maximum(ga + gb, EMPTY)
             return *select(cut_b, (b, gb), joined), cut_a | cut_b
 
-        sums, through, cut = lax.associative_scan(then, (tokens, decay, cut))
-        carried = fresh if state is None else state
-        after = add(fade(jax.tree.map(lambda a: a[None], carried), through), sums)
-        after = select(cut, sums, after)
-        before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), carried, after)
-        if reset is not None:
-            before = select(reset, jax.tree.map(lambda a: a[None], fresh), before)
-        y = average(add(before, Sums(xs.v, ones, xs.u + xs.k)))
-        if write is not None:
-            y = select(write, y, average(before))
-        return y.astype(output), jax.tree.map(lambda a: a[-1], after)
-
-
-def position(ctx) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """How deep a layer stands: l / (L - 1) from 0 to 1, and 1 - l / L."""
-    layer = jnp.asarray(ctx.layer, jnp.float32)
-    return layer / max(ctx.depth - 1, 1), 1 - layer / ctx.depth
-
-
-def channel_vector(module: nn.Module, name: str, value: Float[Array, " D"]) -> Float[Array, " D"]:
-    """A parameter [D] that starts at `value`."""
-    init = nn.with_logical_partitioning(lambda key: value, ("embed",))
-    return module.param(name, init)
+        sums, through, behind = lax.associative_scan(then, (tokens, decay, cut))
+        after = add(fade(jax.tree.map(lambda a: a[None], state), through), sums)
+        after = select(behind, sums, after)
+        before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), state, after)
+        before = select(cut, jax.tree.map(lambda a: a[None], fresh), before)
+        y = average(add(before, own._replace(o=xs.u + xs.k)))
+        y = select(written, y, average(before))
+        return jax.tree.map(lambda a: a[-1], after), y
 
 
 class RWKV4Mixer(Mixer):
@@ -157,7 +166,7 @@ class RWKV4Mixer(Mixer):
     @nn.compact
     def inputs(self, x, state, ctx):
         before, shift = previous(x, state.get("shift"), ctx)
-        down, up = position(ctx)
+        down, up = depth_fractions(ctx)
         place = jnp.arange(self.dim) / self.dim
         initial = {"k": place**up, "v": place**up + 0.3 * down, "r": place ** (0.5 * up)}
         mixed = {}
@@ -170,7 +179,7 @@ class RWKV4Mixer(Mixer):
         bonus = channel_vector(self, "time_first", jnp.log(0.3) + zigzag)
         k, v = widen(self.key(mixed["k"])), self.value(mixed["v"])
         w, u = (jnp.broadcast_to(a.reshape(k.shape[2:]), k.shape) for a in (-jnp.exp(decay), bonus))
-        return Inputs(k, v, w, u), self.receptance(mixed["r"]), {"shift": shift}
+        return Inputs(v, k, w, u), self.receptance(mixed["r"]), {"shift": shift}
 
     def outputs(self, y, kept):
         return self.output(jax.nn.sigmoid(kept) * y.astype(kept.dtype))
@@ -191,14 +200,14 @@ class RWKV4ChannelMix(nn.Module):
     @nn.compact
     def __call__(self, x, state, ctx):
         before, state = previous(x, state, ctx)
-        place, up = jnp.arange(self.dim) / self.dim, position(ctx)[1]
+        place, up = jnp.arange(self.dim) / self.dim, depth_fractions(ctx)[1]
 
         def mixed(name):
             mix = channel_vector(self, f"mix_{name}", place**up).astype(x.dtype)
             return mix * x + (1 - mix) * before
 
         zeros, dtype = nn.initializers.zeros, self.dtype
-        tall = orthogonal(max(1.0, (self.dim / self.hidden) ** 0.5))
+        tall = orthogonal(max(1.0, (self.hidden / self.dim) ** 0.5))
         key = Dense((self.hidden,), ("mlp",), initial=tall, dtype=dtype, name="key")
         value = Dense((self.dim,), ("embed",), ("mlp",), initial=zeros, dtype=dtype, name="value")
         receptance = Dense((self.dim,), (None,), initial=zeros, dtype=dtype, name="receptance")

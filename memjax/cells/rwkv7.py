@@ -5,8 +5,9 @@
 
 Peng et al. 2025, arXiv 2503.14456, Eq. 14-22, with S [K, V] (the paper's is the transpose): `DPLR`
 with a = -kappa and b = kappa * a_t. The removal key kappa has unit norm, the rate a_t is in (0, 1).
-The transition is similar to the symmetric diag(w) - (sqrt(a) kappa)(sqrt(a) kappa)^T, so that its
-eigenvalues are real and between min(w) - 1 and 1; its norm may exceed 1.
+One transition is similar to the symmetric diag(w) - (sqrt(a) kappa)(sqrt(a) kappa)^T, so that its
+eigenvalues are real and between min(w) - 1 and 1. Products of them are contractions when a is the
+same in all channels; when it varies they may grow, the alternation of two tokens by 1.23 a pair.
 """
 
 import flax.linen as nn
@@ -14,8 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from memjax.cells.dplr import DPLR, Inputs
-from memjax.cells.rwkv4 import channel_vector, position
-from memjax.nn.layers import Dense, orthogonal, previous, standardise, uniform, widen
+from memjax.nn.layers import (
+    Dense,
+    channel_vector,
+    depth_fractions,
+    orthogonal,
+    previous,
+    standardise,
+    uniform,
+    widen,
+)
 from memjax.nn.mixer import Mixer
 from memjax.registry import CellSpec, ChannelSpec, register
 from memjax.typing import DTypeLike
@@ -62,7 +71,7 @@ class RWKV7Mixer(Mixer):
     @nn.compact
     def inputs(self, x, state, ctx):
         shape, axes = (self.heads, self.dim // self.heads), ("heads", "head_dim")
-        down, up = position(ctx)
+        down, up = depth_fractions(ctx)
         channel = jnp.arange(self.dim)
         place, line = channel / self.dim, channel / max(self.dim - 1, 1)
         half = max((shape[1] - 1) / 2, 0.5)
@@ -113,6 +122,7 @@ class RWKV7Mixer(Mixer):
             "bias": vector("norm_bias", 0 * flat),
         }
         decay = -jnp.exp(-0.5) * jax.nn.sigmoid(omega)
+        k, removed = k.astype(v.dtype), removed.astype(v.dtype)
         return Inputs(r, k, v, -removed, rate * removed, decay), kept, {"shift": shift}
 
     def outputs(self, y, kept):
@@ -135,7 +145,7 @@ class RWKV7ChannelMix(nn.Module):
     @nn.compact
     def __call__(self, x, state, ctx):
         before, state = previous(x, state, ctx)
-        place, up = jnp.arange(self.dim) / self.dim, position(ctx)[1]
+        place, up = jnp.arange(self.dim) / self.dim, depth_fractions(ctx)[1]
         mix = channel_vector(self, "mix_k", 1 - place ** (up**4)).astype(x.dtype)
         sizes = dict(dtype=self.dtype)
         key = Dense(
@@ -149,7 +159,7 @@ class RWKV7ChannelMix(nn.Module):
 register(
     CellSpec(
         name="rwkv7",
-        cell=lambda: DPLR(8, 6),
+        cell=lambda: DPLR(8, 6, scale=1.0),
         mixer=RWKV7Mixer,
         paper="Peng et al. 2025, arXiv 2503.14456",
         recurrence="S = diag(w) S − (a κ)(κᵀS) + k vᵀ, rates a per channel: dplr in RWKV-7's layer",

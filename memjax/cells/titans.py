@@ -5,14 +5,15 @@
 
 Behrouz et al. 2024, arXiv 2501.00663, Eq. 9-15, with the gradients of a chunk of C tokens taken at
 the weights in front of it (Eq. 16); C is part of the definition. Forgetting acts on M alone, not on
-the momentum S. The network's form is that of the same group's later text (2505.23735, App. E). The
-loss has no factor 1/2 (Eq. 12). Where the paper is silent: the initial weights are learned, the
-momentum starts at zero.
+the momentum S. The network is that of the same group's later text (2505.23735, App. E) without its
+layer norm at the end of a chunk, of which it is open what it acts on. The loss has no factor 1/2
+(Eq. 12). Where the paper is silent: the initial weights are learned, the momentum starts at zero.
 
-For a matrix, keys of unit norm and constant gates, equal keys are the hardest case: the weights
-along the key and their momentum then go through a linear map from chunk to chunk. For alpha = 0 its
-eigenvalues stay below 1 when 2 theta C <= 1 - eta (Jury's conditions). A network of several layers
-has no such bound.
+A matrix that is given one key of unit norm at constant gates is stable when 2 theta C <= 1 - eta:
+the weights along the key and their momentum go through a linear map from chunk to chunk, whose
+eigenvalues are then below 1 (Jury's conditions). Keys that come and go can pump the momentum: for
+every sequence of unit keys C = 1 is stable when theta < (1 - eta)^2 / (1 + eta) (circle criterion).
+A network of several layers has no such bound.
 """
 
 import dataclasses
@@ -47,12 +48,12 @@ class Titans(GradientMemory):
     inputs = Inputs
 
     def terms(self, xs):
-        return Terms(xs.q, xs.k, xs.v, xs.alpha, xs.eta, xs.theta[..., None])
+        return Terms(xs.q, xs.k, xs.v, xs.alpha, xs.theta[..., None], xs.eta)
 
 
 class TitansMixer(ProjectionMixer):
     """alpha = sigmoid(W x + b), near 0.02 at the start; eta the same, near 0.8; theta =
-    sigmoid(W x + b) (1 - eta) / (2 C): inside the stable region of a matrix.
+    sigmoid(W x + b) (1 - eta) / (2 C): where a matrix is stable for one constant key.
 
     depth: layers of the memory, 1 for a matrix. expansion: hidden width over K. frozen_chunk: C.
     The gates' form is our choice, as the paper gives none.

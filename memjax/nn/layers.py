@@ -220,6 +220,18 @@ class ShortConvolution(nn.Module):
         return (self.activation(y) if self.activation else y), state
 
 
+def depth_fractions(ctx: Context) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How deep a layer stands: l / (L - 1) from 0 to 1, and 1 - l / L."""
+    layer = jnp.asarray(ctx.layer, jnp.float32)
+    return layer / max(ctx.depth - 1, 1), 1 - layer / ctx.depth
+
+
+def channel_vector(module: nn.Module, name: str, value: Float[Array, " D"]) -> Float[Array, " D"]:
+    """A parameter [D] of `module` that starts at `value`."""
+    init = nn.with_logical_partitioning(lambda key: value, ("embed",))
+    return module.param(name, init)
+
+
 def previous(
     x: Float[Array, "B T D"], state: Float[Array, "B 1 D"] | None, ctx: Context
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"]]:

@@ -24,7 +24,8 @@ class ModelConfig:
 
     vocab: number of token ids. dim: width D. layers: pairs (pattern, repeats), a pattern being a
     tuple of mixers by name, e.g. ((("delta_net", "sliding_window"), 3),). channel: the channel
-    mixer of each layer by name. mlp: its hidden width as a multiple of dim, 0 for no channel mixer.
+    mixer of all layers, "swiglu", "rwkv4_channel" or "rwkv7_channel". mlp: its hidden width as a
+    multiple of dim (RWKV: 4), 0 for no channel mixer, whatever channel says.
     norm: "rms" or "layer". tie: use the embedding as
     output projection. std: standard deviation of all weights; output projections get
     std / sqrt(2 layers). dtype: of the computation, "float32" or "bfloat16" (parameters and the
