@@ -48,9 +48,4 @@ def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -
         return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
     if field.kind == "log_decay":
         return -np.logaddexp(0, normal - 1)
-    if field.kind in ("rate", "query_rate", "multiple"):
-        return field.low + (field.high - field.low) / (1 + np.exp(-normal))
-    raise ValueError(
-        f"field kind {field.kind!r}: allowed are query, key, value, exponent, bonus, log_decay, "
-        "rate, query_rate and multiple"
-    )
+    return field.low + (field.high - field.low) / (1 + np.exp(-normal))  # rates

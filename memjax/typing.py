@@ -38,6 +38,12 @@ __all__ = [
 AXES = {"K": "key_dim", "V": "value_dim", "M": "steps", "c": "context"}
 
 
+KINDS = (
+    *("query", "key", "value", "exponent", "bonus"),
+    *("log_decay", "rate", "query_rate", "multiple"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """What one leaf of a cell's inputs holds: its annotation in their NamedTuple.
@@ -59,6 +65,10 @@ class Field:
     low: float = 0.0
     high: float = 1.0
     of: str = ""
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"field kind {self.kind!r}: allowed are {', '.join(KINDS)}")
 
     @property
     def asks(self) -> bool:

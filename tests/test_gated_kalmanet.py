@@ -54,6 +54,22 @@ def test_it_is_weighted_ridge_regression(form):
             assert distance(y[:, t], ridge(problem.xs, t, strength)) <= bound * condition + 1e-12
 
 
+@pytest.mark.parametrize(("strength", "iterations"), [(0.02, 30), (0.1, 20), (0.02, 10)])
+def test_the_solver_keeps_its_bound(strength, iterations):
+    """For the symmetric matrices of the memory, in the norm of x itself."""
+    cell = GatedKalmaNet(8, 6, ridge=strength, iterations=iterations)
+    s = np.sqrt((1 + strength) / strength)
+    bound, far, rng = 2 * ((s - 1) / (s + 1)) ** (iterations + 1), [], np.random.default_rng(0)
+    with contract.x64(True):
+        for rank in (1, 2, 4, 8, 40):
+            k = rng.normal(size=(rank, 8))
+            h, q = k.T @ k, rng.normal(size=8)
+            x = cell._solve(lambda x, h=h: x @ h, np.sum(h * h), q)
+            wanted = np.linalg.solve(h + strength * np.linalg.norm(h) * np.eye(8), q)
+            far.append(np.linalg.norm(x - wanted) / np.linalg.norm(wanted))
+    assert bound / 1e3 < max(far) <= bound * (1 + 1e-9)  # it is reached
+
+
 def test_the_first_token_in_closed_form():
     """beta = alpha = 1: y = v (k . q) / (1 + a), before the scale."""
     xs = given(1, beta=1.0, alpha=1.0).xs

@@ -252,6 +252,34 @@ def test_titans_diverges_outside():
         assert growth(Titans(4, 3, frozen_chunk=64), 0.02, 0.9, 0.05, chunks=20) > 1e6
 
 
+def swings(theta, eta, on, off, cycles):
+    """The largest answer to a first key in the last cycle: it comes for `on` tokens, then another
+    one for `off`; C = 1, nothing is forgotten, values are zero."""
+    cell = Titans(2, 1, frozen_chunk=1)
+    length = cycles * (on + off)
+    problem = given(cell, 0, length, theta=theta, eta=np.log(eta), alpha=0.0, v=0.0)
+    first = np.arange(length) % (on + off) < on
+    keys = np.where(first[:, None], [1.0, 0.0], [0.0, 1.0])[None, :, None]
+    xs = problem.xs._replace(
+        k=np.broadcast_to(keys, problem.xs.k.shape),
+        q=np.broadcast_to([1.0, 0.0], problem.xs.k.shape),
+    )
+    start = (np.ones_like(problem.params[0]),)
+    y, _ = exact(cell, problem._replace(params=start, xs=xs))
+    return np.abs(y[:, -on - off :]).max()
+
+
+def test_titans_with_keys_that_come_and_go():
+    """They pump the momentum where one constant key is stable, and not within the circle bound,
+    which holds for every sequence of keys."""
+    assert growth(Titans(4, 3, frozen_chunk=1), 0.005, 0.99) < 3
+    assert swings(0.005, 0.99, on=16, off=300, cycles=4) > 100
+    for eta in (0.5, 0.9, 0.99):
+        theta = 0.99 * (1 - eta) ** 2 / (1 + eta)
+        for on, off in ((16, 300), (3, 5), (40, 40)):
+            assert swings(theta, eta, on, off, cycles=4) < 1.5, (eta, on, off)
+
+
 @pytest.mark.parametrize("name", ["titans", "omega_net", "atlas"])
 def test_default_mixers_stay_inside(name):
     """Large weights, a constant and a random input, 16 thousand tokens: all stays finite."""

@@ -149,6 +149,18 @@ def test_slots_stay_of_unit_norm_for_16_thousand_tokens():
     assert all(np.isfinite(leaf).all() for leaf in found.values())
 
 
+def test_values_too_large_for_a_chunk_leave_unit_slots():
+    """Slots that grow far beyond what their squares can hold are brought back."""
+    case = CASES["lattice"]
+    given = contract.problem(case, 0, 64, state=False, masks=False)
+    given = given._replace(xs=given.xs._replace(v=3000 * given.xs.v))
+    for form in contract.forms(case):
+        y, state = contract.values(case.cell, form, given)
+        assert np.isfinite(y).all()
+        norms = np.linalg.norm(state.slots, axis=-1)
+        assert distance(norms, np.ones_like(norms)) < 1e-5
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="objective 'hebbian': allowed are decoding, encoding"):
         Lattice(K, V, "hebbian")

@@ -1,5 +1,6 @@
 """The table of cells that goes into the README."""
 
+import json
 import pathlib
 
 import pytest
@@ -53,11 +54,15 @@ def test_the_readme_is_fresh():
 def test_what_cannot_be_read_is_named(tmp_path, capsys):
     page, figures = tmp_path / "page.md", tmp_path / "figures.json"
     page.write_text("no marks")
-    for content, named in (
-        ("{", "figures.json"),
-        ("{}", "records"),
-        ('{"records": []}', "needs the lines"),
-    ):
+    sizes = json.dumps({"platform": "cpu", "records": [{**readme.SIZES, "heads": 8}]})
+    wrong = {
+        "{": "figures.json: no figures of a benchmark",
+        "{}": "records",
+        '{"platform": "gpu", "records": []}': "on gpu",
+        sizes: "(1, 8, 64, 0)",
+        '{"platform": "cpu", "records": []}': "needs the lines",
+    }
+    for content, named in wrong.items():
         figures.write_text(content)
         with pytest.raises(SystemExit, match="2"):
             readme.main(["", str(page), str(figures)])

@@ -176,6 +176,15 @@ def test_rwkv7_transitions_have_eigenvalues_between_w_minus_1_and_1():
     assert (values.real > w.min(-1, keepdims=True) - 1).all() and (values.real < 1).all()
 
 
+def test_rwkv7_transitions_may_grow_together():
+    """As the docstring says: rates that differ between channels, two tokens in turn."""
+    keys, rates = np.array([[0.5, 0.75**0.5], [0.75**0.5, 0.5]]), np.eye(2)
+    first, second = (np.eye(2) - np.outer(a * k, k) for k, a in zip(keys, rates, strict=True))
+    assert abs(np.linalg.eigvals(second @ first)).max() == pytest.approx(1.23, abs=0.005)
+    even = [np.eye(2) - 0.7 * np.outer(k, k) for k in keys]
+    assert np.linalg.norm(even[1] @ even[0], 2) <= 1
+
+
 @pytest.mark.parametrize("name", ["rwkv4_channel", "rwkv7_channel"])
 def test_channel_mixers_are_their_papers(name):
     module = registry.channel(name).mixer(dim=D, hidden=12)
