@@ -10,7 +10,7 @@ those of the slots in front of a chunk of C written tokens (C = 1 is the exact r
 normalised at its end, answers are read from normalised slots, the start is learned. Without
 retraction slots are stored as they grow, and the step is divided by their norm.
 
-C = 1 is stable for all inputs: slots have unit norm (a norm below 1e-6 counts as 1e-6). Within a
+C = 1 is stable for all inputs: slots have unit norm (those below 1e-6 stay as they are). Within a
 longer chunk a slot is multiplied by beta - gamma w_i (s_i . h) token by token: stable where
 gamma |w_i| |s_i . h| <= 1 + beta; beyond, it grows up to the C-th power of that, and rounding with
 it. Without retraction beta must stay away from 0: the step grows as a slot shrinks.
@@ -62,8 +62,8 @@ class Slots(NamedTuple):
 
 
 def inverse_norm(square: Float[Array, "..."]) -> Float[Array, "..."]:
-    """1 / norm, at most 1e6."""
-    return lax.rsqrt(jnp.maximum(square, 1e-12))
+    """1 / norm, but 1 for norms below 1e-6: to normalise twice is to normalise once, slopes too."""
+    return lax.rsqrt(jnp.where(square < 1e-12, 1.0, square))
 
 
 def unit(slots: Float[Array, "... V"]) -> Float[Array, "... V"]:
