@@ -108,7 +108,8 @@ def test_initial_weights_have_the_promised_spread(name):
     base_conv = {"stack/group_0/layer_0/mixer/gate"} if name == "scanned" else set()
     checked = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        layer, last = "/".join(key.key for key in path[:-1]), path[-1].key
+        *names, last = (getattr(key, "key", None) for key in path)
+        layer = "/".join(map(str, names))
         if last not in ("kernel", "embedding") or layer.endswith("short_convolution"):
             continue
         scaled = layer.endswith(("output", "down")) or layer in base_conv

@@ -54,7 +54,7 @@ def refused(command, *args, unchanged=None) -> str:
 
 # What is wrong -> parts of the message: what was given, what is allowed or what to do.
 MISTAKES = {
-    "--config.model.dmi=3": ["fields of model: dim", "Did you mean --config.model.dim?"],
+    "--config.model.dmi=3": ["fields of model: channel, dim", "Did you mean --config.model.dim?"],
     "--config.modle.dim=3": ["no section modle", "model", "Did you mean --config.model.dim?"],
     "--config.lr=3": ["config.lr", "Did you mean --config.optim.lr?"],
     "--config.optim.lr=abc": ["optim.lr=abc", "expected a float"],

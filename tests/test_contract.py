@@ -2,9 +2,8 @@
 
 Fast tests hold every cell to the laws of values, gradients, splits, resets, causality and layout,
 the leaders to all laws, and one cell to those of the machinery that all share (heads, jax's
-transformations). The other cells' turn at those, and the full product of cells, lengths, scenarios
-and forms, are marked slow; variants have their part in its values and gradients. A test covers all
-forms of a cell, which share compiled code.
+transformations). The other cells' turn at those, variants, and the full product of cells, lengths,
+scenarios and forms, are marked slow. A test covers all forms of a cell, which share compiled code.
 """
 
 import itertools
@@ -61,7 +60,7 @@ def each_form(cases, **axes):
     return pytest.mark.parametrize(("case", "form", *axes), rows, ids=ids)
 
 
-@each(CASES)
+@each(CASES, fast=CELLS)
 def test_values_and_gradients(case):
     for scenario in contract.scenarios(case):
         for form in contract.forms(case):
@@ -140,12 +139,12 @@ def test_shared_heads(case):
         checks.check_shared_heads(case, form)
 
 
-@each(CASES)
+@each(CASES, fast=CELLS)
 def test_layout(case):
     checks.check_layout(case)
 
 
-@each(CASES)
+@each(CASES, fast=CELLS)
 def test_slope(case):
     checks.check_slope(case)
 

@@ -55,8 +55,8 @@ def network(cell, weights, x):
 def test_the_update_is_minus_the_gradient_of_the_loss(name):
     """Token by token, by `jax.grad` in float64, from the definition."""
     cell = CASES[name].cell
-    problem = given(cell, 3)
-    pairs = cell.pairs
+    length, pairs = 12, cell.pairs  # more than a frozen chunk
+    problem = given(cell, 3, length)
 
     def loss(weights, ks, vs, rates):
         total = 0.0
@@ -68,7 +68,7 @@ def test_the_update_is_minus_the_gradient_of_the_loss(name):
 
     def run(params, xs):
         weights, base, momentum = params, params, jax.tree.map(jnp.zeros_like, params)
-        for t in range(T):
+        for t in range(length):
             x = jax.tree.map(lambda a, t=t: a[t], xs)
             if t % cell.frozen_chunk == 0:
                 base = weights
@@ -280,6 +280,7 @@ def test_titans_with_keys_that_come_and_go():
             assert swings(theta, eta, on, off, cycles=4) < 1.5, (eta, on, off)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["titans", "omega_net", "atlas"])
 def test_default_mixers_stay_inside(name):
     """Large weights, a constant and a random input, 16 thousand tokens: all stays finite."""

@@ -137,6 +137,7 @@ def test_growing_slots_keep_the_contract(scenario):
         checks.check_forms(case, form, contract.problem(case, 0, 29, scenario))
 
 
+@pytest.mark.slow
 def test_slots_stay_of_unit_norm_for_16_thousand_tokens():
     cell = Lattice(K, V, frozen_chunk=16)
     case = CASES["lattice"]._replace(cell=cell)

@@ -107,6 +107,39 @@ def test_mamba2_is_its_papers_layer():
     assert inputs_of(module, params, x, ctx).k.shape == (B, T, 2, 5)  # not repeated
 
 
+def test_the_learners_gates_start_where_their_docstrings_say():
+    """With nothing but biases, and inside the region that keeps one constant key stable."""
+    module, params, x, ctx = build("titans", heads=2, frozen_chunk=4)
+    still = inputs_of(module, params, 0 * x, ctx)
+    assert distance(1 - np.exp(still.alpha), np.full(still.alpha.shape, 0.018)) < 1e-3
+    assert distance(np.exp(still.eta), np.full(still.eta.shape, 0.8022)) < 1e-3
+    xs = jax.tree.map(np.float64, inputs_of(module, params, 10 * x, ctx))
+    assert (xs.theta > 0).all() and (2 * 4 * xs.theta <= -np.expm1(xs.eta) + 1e-6).all()
+    for name in ("omega_net", "atlas"):
+        module, params, x, ctx = build(name, heads=2, context=3, frozen_chunk=4)
+        xs = jax.tree.map(np.float64, inputs_of(module, params, x, ctx))
+        assert distance(jax.nn.softplus(params["coefficients"]), [1, 1, 0.5]) < 1e-6
+        assert xs.k.shape == (B, T, 2, 153) and xs.gamma.shape == (B, T, 2, 3)
+        assert distance(np.linalg.norm(xs.k, axis=-1), np.ones((B, T, 2))) < 1e-5
+        assert (xs.eta <= 1 / 12).all()
+        still = inputs_of(module, params, 0 * x, ctx)
+        assert distance(np.exp(still.alpha), np.full((B, T, 2), 0.982)) < 1e-3
+        assert distance(still.eta, np.full((B, T, 2), 1 / 24)) < 1e-6
+    module, params, x, ctx = build("atlas", heads=2, newton_schulz=0, degree=1, key_dim=8)
+    xs = jax.tree.map(np.float64, inputs_of(module, params, 10 * x, ctx))
+    assert (2 * 4 * 16 * xs.eta <= -np.expm1(xs.theta) + 1e-6).all()
+    assert "coefficients" not in params and xs.k.shape == (B, T, 2, 8)
+    module, params, x, ctx = build("lattice", heads=2, objective="encoding", retraction=False)
+    xs = inputs_of(module, params, 10 * x, ctx)
+    assert np.linalg.norm(xs.v, axis=-1).max() < 1 + 1e-6 and np.asarray(xs.gamma).max() <= 0.5
+    module, params, x, ctx = build("gated_kalmanet", heads=2)
+    still = inputs_of(module, params, 0 * x, ctx)
+    assert distance(still.beta, np.full((B, T, 2), 0.5 + 1e-6)) < 1e-7
+    assert distance(still.alpha, np.full((B, T, 2), 0.5)) < 1e-6
+    with pytest.raises(ValueError, match=r"gated_kalmanet: beta_max must lie in \(0, 1\]"):
+        build("gated_kalmanet", heads=2, beta_max=2.0)
+
+
 @pytest.mark.parametrize("name", cells.names())
 def test_gates_stay_in_float32_when_the_rest_is_bfloat16(name):
     """A decay or a rate in bfloat16 has three digits; what is stored and read may be narrow."""

@@ -1,7 +1,8 @@
 """Whole models over every registered mixer: decoding, splitting, documents, padding, causality.
 
 The bound is the contract's: max(1e-5, 3 x the float32 forward pass's own distance from float64).
-The plain tests take each cell alone and `models.COMBINED`; the full product is marked slow.
+Plain tests take each cell alone and `models.COMBINED`, or one of each kind of state (`EVERY`); the
+full product is marked slow.
 """
 
 import contract
@@ -16,6 +17,10 @@ from memjax.nn.lm import LanguageModel, capacity, initial_state
 from memjax.recurrence import positions
 
 BORDER = 5  # where the plain tests split; the parts are alike and share their compilations
+
+
+# One of each kind of state: convolutions, token shifts, rings, matrices, frozen chunks, windows.
+EVERY = (*models.COMBINED, "mamba2", "attention", "omega_net")
 
 
 def each(*names):
@@ -63,14 +68,9 @@ def check_split(name, points):
         models.assert_close(name, out, (given[0], state, reset, write), f"split at {point}")
 
 
-@pytest.mark.parametrize("name", models.FAST)
+@each(*EVERY)
 def test_split(name):
     check_split(name, (BORDER,))
-
-
-# Where each kind of state is cut or emptied at every token: convolutions, token shifts, rings,
-# matrices, frozen chunks with a window.
-EVERY = (*models.COMBINED, "mamba2", "attention", "omega_net")
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def check_resets(name, border):
         models.assert_close(name, (logits[:, span], state), alone, what)
 
 
-@pytest.mark.parametrize("name", models.FAST)
+@each(*EVERY)
 def test_resets_equal_separate_documents(name):
     check_resets(name, BORDER)
 
@@ -103,7 +103,7 @@ def test_resets_anywhere_equal_separate_documents(name):
         check_resets(name, border)
 
 
-@each()
+@each(*EVERY)
 def test_padding(name):
     """Prompts of 10, 5 and 5 tokens in one batch, padded left, right or in between."""
     prompts, fresh, width = (10, 5, 5), models.fresh(name), 10
@@ -155,7 +155,7 @@ def test_nothing_written_changes_no_bit(name):
     contract.assert_identical(after, fresh, f"{name}: emptied, nothing written")
 
 
-@each()
+@each(*EVERY)
 def test_initial_state_equals_none(name):
     given = models.explicit(name, models.text())
     out = models.apply(name, given[0])
