@@ -445,17 +445,20 @@ def main(argv: Sequence[str]) -> None:
     told = ", ".join(f"{name} {size}" for name, size in sizes if name != "length" and size)
     print(f"{told}, float32, {about['device']}, jax {jax.__version__}")
     say, limit = functools.partial(print, file=sys.stderr, flush=True), given.max_gib * 2**30
-    records = [
-        record
-        for name in names
-        for shape in shapes
-        for record in measure(
-            cells.get(name), shape, wanted, given.repeats, limit, say, given.peers
-        )
-    ]
+    records: list[dict[str, Any]] = []
+    refused = []
+    for name, shape in itertools.product(names, shapes):
+        try:
+            records += measure(
+                cells.get(name), shape, wanted, given.repeats, limit, say, given.peers
+            )
+        except UserError as err:  # the others' figures are kept
+            say(f"refused: {err}")
+            refused.append(str(err))
     if not records:
         raise UserError(
-            f"--forms={','.join(wanted)}: none of these cells has such a form here: "
+            "\n".join(dict.fromkeys(refused))
+            or f"--forms={','.join(wanted)}: none of these cells has such a form here: "
             f"{', '.join(names)}; leave --forms out to see those they have"
         )
     print(table(records))
@@ -467,6 +470,8 @@ def main(argv: Sequence[str]) -> None:
         with user_errors(f"--out={given.out}", OSError):
             write_text(given.out, json.dumps({**about, "records": records}, indent=2) + "\n")
             draw(records, picture)
+    if refused:
+        raise UserError("\n".join(dict.fromkeys(refused)))
 
 
 if __name__ == "__main__":
