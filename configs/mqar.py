@@ -3,9 +3,9 @@
     python -m memjax.train --config=configs/mqar.py:delta_net --workdir=runs/mqar
 
 64 tokens hold 8 pairs of 1024 token ids, then ask for each of them; the rest is noise. The argument
-names a cell (`memjax.cells.names()`) and may set seed, steps and lr, as in
-`configs/mqar.py:attention,seed=1`. On 2 CPU cores attention takes about one minute and the delta
-rules three to five; query accuracy 0.997 or more (experiments/mqar).
+names a cell (`memjax.cells.names()`), as it is or in a wrapper, and may set seed, steps and lr, as
+in `configs/mqar.py:memory_caching(titans),seed=1`. On 2 CPU cores attention takes about one minute
+and the delta rules three to five; query accuracy 0.997 or more (experiments/mqar).
 """
 
 from memjax import cells, defaults
@@ -13,7 +13,7 @@ from memjax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, cell=("delta_net", cells.names()), seed=0, steps=3000, lr=3e-3)
+    arg = parse_arg(arg, cell=("delta_net", cells.named), seed=0, steps=3000, lr=3e-3)
     data = {
         "name": "mqar",
         "length": 64,

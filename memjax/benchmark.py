@@ -66,18 +66,19 @@ def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
 
     A cell that sees all tokens gets room for the sequence and for the decoded tokens.
     """
-    cell = spec.cell()
+    return _sized(spec.cell(), shape, hasattr(spec.mixer, "capacity"))
+
+
+def _sized(cell: MemoryCell, shape: Shape, unbounded: bool) -> MemoryCell:
     known = {field.name: field for field in dataclasses.fields(cell)}
-    changes: dict[str, Any] = {
-        name: known[name].default
-        for name in ("chunk", "block", "frozen_chunk", "context")
-        if name in known
-    }
+    usual = ("chunk", "block", "frozen_chunk", "context", "segment", "slots", "number")
+    changes: dict[str, Any] = {name: known[name].default for name in usual if name in known}
+    if "inner" in known:
+        changes["inner"] = _sized(vars(cell)["inner"], shape, unbounded)
     changes |= {name: shape.dim for name in ("key_dim", "value_dim") if name in known}
     if shape.chunk:
         changes |= {name: shape.chunk for name in ("chunk", "block") if name in known}
     if "window" in known:
-        unbounded = hasattr(spec.mixer, "capacity")
         changes["window"] = shape.length + STEPS if unbounded else shape.window
     return dataclasses.replace(cell, **changes)
 

@@ -54,6 +54,22 @@ class MemoryCell:
         """What the memory answers to the query in x; uses the query leaves of x only."""
         raise NotImplementedError(f"{type(self).__name__} must define read")
 
+    @property
+    def linear(self) -> bool:
+        """Whether `read` is linear in the state, so that a sum of memories answers with the sum of
+        their answers."""
+        return False
+
+    def readable(self, state: PyTree) -> PyTree:
+        """What `read` needs of a state, None for the rest: what is kept of a memory that is not
+        written any more."""
+        return state
+
+    def axis(self, letter: str) -> int | None:
+        """The size of an axis of the inputs by its letter in `Field.shape`; None when it is
+        free."""
+        return getattr(self, AXES[letter]) if letter in AXES else None
+
     def step(self, params: PyTree, state: PyTree, x: PyTree) -> tuple[Array, PyTree]:
         """One token: write, then read. The definition of the cell."""
         state = self.write(params, state, x)
@@ -204,13 +220,11 @@ def _check_inputs(name: str, cell: MemoryCell, xs: PyTree) -> tuple[int, int]:
         )
     given = {leaf: tuple(getattr(xs, leaf).shape) for leaf in wanted}
     for leaf, axes in wanted.items():
-        sizes = [getattr(cell, AXES[axis]) if axis in AXES else axis for axis in axes]
-        known = [
-            size if axis in AXES else axis
-            for axis, size in zip(axes, given[leaf][3:], strict=False)
-        ]
-        if len(given[leaf]) != 3 + len(axes) or known != sizes:
-            shape = ", ".join(map(str, ["B", "T", "h", *sizes]))
+        sizes = [cell.axis(letter) for letter in axes]
+        differ = any(n not in (None, m) for n, m in zip(sizes, given[leaf][3:], strict=False))
+        if len(given[leaf]) != 3 + len(axes) or differ:
+            named = [letter if n is None else n for letter, n in zip(axes, sizes, strict=True)]
+            shape = ", ".join(map(str, ["B", "T", "h", *named]))
             raise ValueError(f"{name}: {leaf} must be [{shape}]; given {list(given[leaf])}")
     leading = {shape[:2] for shape in given.values()}
     if len(leading) > 1:

@@ -22,7 +22,8 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     Args:
       arg: the text after the colon of `--config=FILE:ARG`; None or '' gives the defaults.
       **spec: one entry per allowed name: either a default, whose type the value must have (bool,
-        int, float or str), or `(default, choices)` with the allowed strings, or `(default, type)`.
+        int, float or str), or `(default, choices)` with the allowed strings, or `(default, type)`,
+        or `(default, function)` with one from the text to the value that raises ValueError.
 
     Items are separated by commas outside of brackets. An item without `=` is True for a bool and
     otherwise the value of the FIRST name of `spec`.
@@ -55,6 +56,11 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
 
 def _value(key: str, text: str, allowed: Any, rules: Mapping) -> Any:
     """One argument's text as a value of the type `allowed`, or one of the choices `allowed`."""
+    if callable(allowed) and not isinstance(allowed, type):
+        try:
+            return allowed(text)
+        except ValueError as error:
+            raise UserError(f"config argument {key}={text!r}: {error}") from None
     if not isinstance(allowed, type):
         choices = [str(c) for c in allowed]
         if text not in choices:

@@ -84,17 +84,20 @@ def tiny_recall(data: dict[str, Any], cell: str) -> ConfigDict:
     positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora et al.
     2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only."""
     plain = {"heads": 1, "rotary_base": 0.0, "convolution": 0, "norm": "layer", "gate": "none"}
-    plain |= {"frozen_chunk": 4}  # 16 tokens bind the pairs
-    options = {name: value for name, value in plain.items() if name in mixer_options(cell)}
+    plain |= {"frozen_chunk": 4, "segment": 16}  # 16 tokens bind the pairs
     # A window of a quarter of the sequence, matrices of 64 x 64; memories that learn keep a
     # momentum and frozen weights of that size too, and RWKV keeps its token shift.
     sizes = {"sliding_window": {"window": 16}, "gla": {"key_dim": 64}}
     sizes |= dict.fromkeys(("omega_net", "atlas"), {"key_dim": 64, "degree": 1})
-    options |= {**sizes, "mamba2": {"expand": 1, "state_dim": 64}}.get(cell, {})
+    sizes |= {"mamba2": {"expand": 1, "state_dim": 64}}
+    mixers = {}
+    for name in mixer_names(cell):
+        known = mixer_options(name)
+        mixers[name] = {k: v for k, v in plain.items() if k in known} | sizes.get(name, {})
     settings = config(
         data,
         layers=((("base_conv", cell), 1),),
-        mixers={cell: options},
+        mixers=mixers,
         vocab=data["vocab"],
         dim=64,
         mlp=0.0,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from memjax.cell import MemoryCell
-from memjax.typing import AXES, Field, fields
+from memjax.typing import Field, fields
 
 
 def draw(
@@ -34,7 +34,8 @@ def draw(
 
 def field_shape(field: Field, cell: MemoryCell, queries: int = 1) -> tuple[int, ...]:
     """The axes of one token of one head."""
-    return tuple(getattr(cell, AXES[a]) if a in AXES else queries for a in field.shape.split())
+    sizes = (cell.axis(letter) for letter in field.shape.split())
+    return tuple(queries if size is None else size for size in sizes)
 
 
 def draw_field(field: Field, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -143,6 +143,36 @@ def from_chunks(y: Shaped[Array, "N C ..."], length: int) -> Shaped[Array, "T ..
     return y.reshape(-1, *y.shape[2:])[:length]
 
 
+def running(
+    then: Callable[[PyTree, PyTree], PyTree],
+    first: PyTree,
+    elements: PyTree,
+    size: int | None = None,
+) -> PyTree:
+    """What `then`, associative and elementwise, makes of `first` and the elements up to each.
+
+    elements: leaves [T, ...]; first: one element. The elements of chunks of `size`, None for about
+    the root of T, are joined one by one in all chunks at once, then the chunks: some 2 sqrt(T)
+    steps. RWKV-4's form with `lax.associative_scan` took 17 s to compile instead of 3 s, and as
+    long to run (4096 tokens on a CPU).
+    """
+    length = jax.tree.leaves(elements)[0].shape[0]
+    size = min(size or power_of_two_at_least(math.isqrt(length)), length)
+    across = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), to_chunks(elements, size))  # [C, N]
+
+    def join(sofar, element):
+        sofar = then(sofar, element)
+        return sofar, sofar
+
+    begin = jax.tree.map(lambda a: a[0], across)
+    total, rest = lax.scan(join, begin, jax.tree.map(lambda a: a[1:], across))
+    _, behind = lax.scan(join, first, total)
+    before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), first, behind)
+    after = then(before, begin), then(jax.tree.map(lambda a: a[None], before), rest)
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), *after)
+    return jax.tree.map(lambda a: from_chunks(jnp.swapaxes(a, 0, 1), length), joined)
+
+
 class Phases(NamedTuple):
     """How a window of at most C tokens lies to the frozen chunks of its documents.
 

@@ -21,6 +21,7 @@ class CellSpec:
     paper: where the recurrence stands.
     recurrence: what one token does to one memory, as a line of text for the README's table.
     variants: further cells that must pass the same tests, by name.
+    arguments, defaults: of a wrapper around a cell, as in `BlockSpec`.
     """
 
     name: str
@@ -29,6 +30,8 @@ class CellSpec:
     paper: str
     recurrence: str
     variants: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
+    arguments: tuple[int, ...] = (0,)
+    defaults: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ def register(spec: Spec) -> None:
 @functools.cache
 def _discover() -> None:
     """Imports every module of the rooms that register, so that a name need not be imported."""
-    for room in ("memjax.cells", "memjax.blocks"):
+    for room in ("memjax.cells", "memjax.wrappers", "memjax.blocks"):
         package = importlib.import_module(room)
         for module in pkgutil.iter_modules(package.__path__):
             if not module.name.startswith("_"):

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from memjax import data, optim, sharding
-from memjax.nn.lm import LanguageModel, ModelConfig
+from memjax.nn.lm import LanguageModel, ModelConfig, reports_loss
 from memjax.registry import unknown
 from memjax.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -32,11 +32,13 @@ class TrainState(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Per scored position [B, S]: nats, whether the most likely token is right, and the mask."""
+    """Per scored position [B, S]: nats, whether the most likely token is right, and the mask;
+    and what the layers add to the training loss, such as a router's load-balancing loss."""
 
     nats: Float[Array, "B S"]
     correct: Bool[Array, "B S"]
     mask: Bool[Array, "B S"]
+    auxiliary: Float[Array, ""]
 
 
 def score(
@@ -55,15 +57,18 @@ def score(
     if queries is not None:
         select = scored_positions(mask, queries)
         targets, mask = (jnp.take_along_axis(a, select, axis=1) for a in (targets, mask))
-    logits, _ = model.apply(
+    (logits, _), sown = model.apply(
         {"params": params},
         batch["inputs"],
         reset=batch.get("reset"),
         select=select,
         differentiate=differentiate,
+        mutable=["losses"],
     )
+    auxiliary = sum(jax.tree.leaves(sown), jnp.zeros(()))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return Scores(jnp.where(mask, nats, 0), (jnp.argmax(logits, -1) == targets) & mask, mask)
+    correct = (jnp.argmax(logits, -1) == targets) & mask
+    return Scores(jnp.where(mask, nats, 0), correct, mask, auxiliary)
 
 
 def scored_positions(mask: Bool[Array, "B T"], queries: int) -> Int[Array, "B S"]:
@@ -79,7 +84,8 @@ def make_train_step(
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(state, batch) -> (state, metrics): loss in nats per scored position, accuracy, grad_norm
-    before clipping, lr and the number of scored positions.
+    before clipping, lr and the number of scored positions; auxiliary, what layers add to the loss
+    that is minimised, where a layer does.
 
     accumulate: the batch is handled in that many pieces; the gradient is that of the whole batch.
     """
@@ -89,22 +95,23 @@ def make_train_step(
 
         def loss(params, piece):
             scores = score(model, params, piece, queries)
-            return jnp.sum(scores.nats) / total, jnp.sum(scores.correct)
+            nats, auxiliary = jnp.sum(scores.nats) / total, scores.auxiliary / accumulate
+            return nats + auxiliary, (nats, auxiliary, jnp.sum(scores.correct))
 
         def add(sums, piece):
-            (nats, correct), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, piece)
-            return jax.tree.map(jnp.add, sums, (nats, correct, gradients)), None
+            gradients, found = jax.grad(loss, has_aux=True)(state.params, piece)
+            return jax.tree.map(jnp.add, sums, (*found, gradients)), None
 
         none = jax.tree.map(jnp.zeros_like, state.params)
-        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), none)
+        zeros = (jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32), none)
         if accumulate == 1:
-            (nats, correct, gradients), _ = add(zeros, batch)
+            (nats, auxiliary, correct, gradients), _ = add(zeros, batch)
         else:
             # every accumulate-th row, so that each device's rows stay on it
             pieces = jax.tree.map(
                 lambda a: a.reshape(-1, accumulate, *a.shape[1:]).swapaxes(0, 1), dict(batch)
             )
-            (nats, correct, gradients), _ = jax.lax.scan(add, zeros, pieces)
+            (nats, auxiliary, correct, gradients), _ = jax.lax.scan(add, zeros, pieces)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {
             "loss": nats,
@@ -113,6 +120,8 @@ def make_train_step(
             "lr": schedule(state.step),
             "scored": total,
         }
+        if reports_loss(model.config):
+            metrics["auxiliary"] = auxiliary
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -70,8 +70,15 @@ def cases(variants: bool = True) -> list[Case]:
 
 def small(case: Case, size: int = 8) -> Case:
     """The same case with chunks of `size` tokens; the fields named here change speed only."""
-    fields = {field.name for field in dataclasses.fields(case.cell)} & {"chunk", "block"}
-    return case._replace(cell=dataclasses.replace(case.cell, **dict.fromkeys(fields, size)))
+    return case._replace(cell=_small(case.cell, size))
+
+
+def _small(cell: MemoryCell, size: int) -> MemoryCell:
+    fields = {field.name for field in dataclasses.fields(cell)}
+    changes: dict[str, Any] = dict.fromkeys(fields & {"chunk", "block"}, size)
+    if "inner" in fields:
+        changes["inner"] = _small(cell.inner, size)
+    return dataclasses.replace(cell, **changes)
 
 
 def forms(case: Case) -> list[str]:
@@ -95,7 +102,10 @@ def scenarios(case: Case) -> list[str]:
 
 def units(cell: MemoryCell) -> set[int]:
     """The lengths at which a form may change its ways: a chunk, a block, a window."""
-    found = {getattr(cell, name, None) for name in ("chunk", "block", "window", "frozen_chunk")}
+    found = {
+        getattr(cell, name, None)
+        for name in ("chunk", "block", "window", "frozen_chunk", "segment")
+    }
     return {unit for unit in found - {None} if unit <= 64} or {8}
 
 

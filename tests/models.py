@@ -60,7 +60,7 @@ def options(layers, changes=None) -> dict:
     found = {}
     for name in {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}:
         window = 40 if hasattr(get(name).mixer, "capacity") else 3
-        small = {"heads": 2, "frozen_chunk": 4, "window": window}
+        small = {"heads": 2, "frozen_chunk": 4, "window": window, "segment": 3, "slots": 2}
         found[name] = {k: v for k, v in small.items() if k in mixer_options(name)}
     for name, changed in (changes or {}).items():
         found[name] |= changed

@@ -179,7 +179,7 @@ MESSAGES = {
         layers=((("hybrid(delta_net, delta_net, delta_net)",), 1),)
     ),
     "base_conv takes 0 mixers; given 1": dict(layers=((("base_conv(delta_net)",), 1),)),
-    "delta_net is a cell and takes no mixers": dict(layers=((("delta_net(delta_net)",), 1),)),
+    "delta_net takes no mixers": dict(layers=((("delta_net(delta_net)",), 1),)),
     "unknown mixer in model.mixers 'delta_nte'; allowed: delta_net. Did you": dict(
         mixers={"delta_nte": {}}
     ),

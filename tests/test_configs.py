@@ -19,7 +19,7 @@ from memjax.nn.stack import mixer_options
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name[0] != "_")
-PER_CELL = [path for path in FILES if "cells.names()" in path.read_text(encoding="utf-8")]
+PER_CELL = [path for path in FILES if "cells.named" in path.read_text(encoding="utf-8")]
 
 
 def flattened(path: pathlib.Path) -> dict:

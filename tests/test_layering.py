@@ -86,7 +86,7 @@ LAYERS = {
         packages=FLAX,
         inside=("pallas_kernels",),
     ),
-    "memjax.wrappers": Layer(ours=CORE, packages=JAX),
+    "memjax.wrappers": Layer(ours=(*CORE, "memjax.nn.layers", "memjax.nn.mixer"), packages=FLAX),
     "memjax.blocks": Layer(ours=(*CORE, *SHELL), packages=FLAX, never=("memjax.nn.lm",)),
     "memjax.nn.layers": Layer(ours=CORE, packages=FLAX),
     "memjax.nn.mixer": Layer(ours=(*CORE, "memjax.nn.layers"), packages=FLAX),

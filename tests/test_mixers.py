@@ -12,6 +12,7 @@ from contract import distance
 
 from memjax import cells, registry
 from memjax.nn.layers import Context
+from memjax.nn.stack import make_mixer, mixer_names, mixer_options
 from memjax.typing import fields
 
 B, T, D = 2, 13, 16
@@ -143,7 +144,8 @@ def test_the_learners_gates_start_where_their_docstrings_say():
 @pytest.mark.parametrize("name", cells.names())
 def test_gates_stay_in_float32_when_the_rest_is_bfloat16(name):
     """A decay or a rate in bfloat16 has three digits; what is stored and read may be narrow."""
-    module = registry.get(name).mixer(dim=D, heads=2, dtype=jnp.bfloat16)
+    options = {n: {"heads": 2} for n in mixer_names(name) if "heads" in mixer_options(n)}
+    module = make_mixer(name, options, dim=D, dtype=jnp.bfloat16)()
     x = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
     ctx = Context(None, None, jnp.zeros((B, T), jnp.int32))
 

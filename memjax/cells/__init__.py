@@ -15,3 +15,11 @@ def get(name: str) -> registry.CellSpec:
     spec = registry.get(name)
     assert isinstance(spec, registry.CellSpec)
     return spec
+
+
+def named(text: str) -> str:
+    """A cell's name, or cells in wrappers such as "memory_caching(titans)", without spaces;
+    ValueError, with a suggestion, for what does not exist."""
+    name, inside = registry.parse(text)
+    get(name)
+    return f"{name}({','.join(map(named, inside))})" if inside else name

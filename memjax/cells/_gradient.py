@@ -77,12 +77,13 @@ class Pairs(NamedTuple):
 
 class Learner(NamedTuple):
     """weights, momentum, base: the layers of W, Z and W_b. place: written tokens of the running
-    frozen chunk, counted from 0 to C - 1. pairs: None when c = 1; momentum: None without."""
+    frozen chunk, counted from 0 to C - 1. pairs: None when c = 1; momentum: None without. All but
+    the weights: None in what is kept to be read."""
 
     weights: Layers
     momentum: Layers | None
-    base: Layers
-    place: Int[Array, ""]
+    base: Any
+    place: Any
     pairs: Pairs | None
 
 
@@ -185,6 +186,15 @@ class GradientMemory(MemoryCell):
         """Room for `size` pairs, of which none is there."""
         k, v = (jnp.zeros((size, n), jnp.float32) for n in (self.key_dim, self.value_dim))
         return Pairs(k, v, jnp.zeros((), jnp.int32))
+
+    @property
+    def linear(self) -> bool:
+        """Whether the memory is a matrix."""
+        return self.depth == 1
+
+    def readable(self, state: Learner) -> Learner:
+        """The weights alone."""
+        return Learner(state.weights, None, None, None, None)
 
     def write(self, params, state, x):
         x = self.terms(x)

@@ -89,6 +89,11 @@ class MatrixMemory(MemoryCell):
         """Zero."""
         return jnp.zeros((self.key_dim, self.value_dim), jnp.float32)
 
+    @property
+    def linear(self) -> bool:
+        """True: `answer` is a factor."""
+        return True
+
     def terms(self, xs: PyTree) -> Terms:
         """Inputs, with any axes in front, in the family's letters."""
         return Terms(**xs._asdict())

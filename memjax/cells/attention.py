@@ -204,6 +204,7 @@ class SlidingWindowMixer(Mixer):
     embedding (Su et al. 2021), 0 for no positions.
     """
 
+    heads: int = 4
     kv_heads: int | None = None
     head_dim: int | None = None
     window: int = 256
@@ -211,6 +212,10 @@ class SlidingWindowMixer(Mixer):
 
     def make_cell(self):
         return SlidingWindow(self.size, self.size, self.window, store_dtype=self.dtype)
+
+    @property
+    def memories(self):
+        return self.kv_heads or self.heads
 
     @property
     def size(self) -> int:
@@ -224,7 +229,7 @@ class SlidingWindowMixer(Mixer):
 
     def setup(self):
         super().setup()
-        kv_heads, size = self.kv_heads or self.heads, self.size
+        kv_heads, size = self.memories, self.size
         if self.heads % kv_heads:
             raise ValueError(
                 f"attention: heads {self.heads} must be a multiple of kv_heads {kv_heads}"

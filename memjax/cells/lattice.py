@@ -17,7 +17,7 @@ it. Without retraction beta must stay away from 0: the step grows as a slot shri
 """
 
 import dataclasses
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from memjax.recurrence import (
     to_chunks,
 )
 from memjax.registry import CellSpec, register
-from memjax.typing import Array, Field, Float, Int, PRNGKeyArray
+from memjax.typing import Array, Field, Float, PRNGKeyArray
 
 OBJECTIVES = ("decoding", "encoding", "similarity")
 
@@ -54,11 +54,12 @@ class Inputs(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """slots, base: [K, V], now and in front of the running chunk; place: its written tokens."""
+    """slots, base: [K, V], now and in front of the running chunk; place: its written tokens. base
+    and place: None in what is kept to be read."""
 
     slots: Float[Array, "K V"]
-    base: Float[Array, "K V"]
-    place: Int[Array, ""]
+    base: Any
+    place: Any
 
 
 def inverse_norm(square: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -104,6 +105,10 @@ class Lattice(MemoryCell):
         """The learned slots, of unit norm."""
         slots = unit(params)
         return Slots(slots, slots, jnp.zeros((), jnp.int32))
+
+    def readable(self, state):
+        """The slots alone."""
+        return Slots(state.slots, None, None)
 
     def change(self, base: Float[Array, "K V"], x: Inputs):
         """(kept, added, h) of a token [...]: each slot becomes kept_i s_i + added_i h; [..., K],

@@ -77,6 +77,10 @@ class LinearAttention(MatrixMemory):
         features = FEATURE_MAPS[self.feature_map](jnp.zeros((self.key_dim,)))
         return jnp.zeros((features.size, self.value_dim + self.normalise), jnp.float32)
 
+    @property
+    def linear(self):
+        return not self.normalise
+
     def write(self, params, state, x):
         x = self.terms(x)
         return state + jnp.outer(x.k, x.v)

@@ -25,10 +25,15 @@ class Mamba2Mixer(Mixer):
     SiLU alone. A ~ U(1, 16), D = 1.
     """
 
+    heads: int = 4
     expand: int = 2
     groups: int = 1
     state_dim: int = 128
     convolution: int = 4
+
+    @property
+    def memories(self):
+        return self.heads
 
     @property
     def width(self) -> int:

@@ -11,13 +11,11 @@ between the smallest and the largest value.
 """
 
 import dataclasses
-import functools
 from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from memjax.cell import MemoryCell
 from memjax.nn.layers import (
@@ -29,15 +27,7 @@ from memjax.nn.layers import (
     widen,
 )
 from memjax.nn.mixer import Mixer
-from memjax.recurrence import (
-    accumulator_dtype,
-    from_chunks,
-    per_head,
-    power_of_two_at_least,
-    promote,
-    select,
-    to_chunks,
-)
+from memjax.recurrence import accumulator_dtype, per_head, promote, running, select
 from memjax.registry import CellSpec, ChannelSpec, register
 from memjax.typing import Array, DTypeLike, Field, Float, PyTree
 
@@ -81,7 +71,7 @@ def average(sums: Sums) -> Float[Array, " V"]:
 @dataclasses.dataclass(frozen=True)
 class RWKV4(MemoryCell):
     """value_dim: V, the channels of one memory. chunk: tokens in a chunk of the chunked form, None
-    for 64; changes speed only."""
+    for about the root of their number; changes speed only."""
 
     inputs = Inputs
 
@@ -109,19 +99,12 @@ class RWKV4(MemoryCell):
 
     @per_head
     def chunked(self, params, state, xs, reset, write):
-        """Chunk by chunk, an associative scan over (sums, log decay, border of documents)."""
+        """All chunks at once, by the associative law of (sums, log decay, border of documents)."""
         dtype, length = accumulator_dtype(state, xs), xs.v.shape[0]
-        output, fresh = xs.v.dtype, self.fresh(params, dtype)
+        output, fresh, xs = xs.v.dtype, self.fresh(params, dtype), promote(xs, dtype)
+        state = fresh if state is None else state
         written = jnp.ones(length, bool) if write is None else write
         cut = jnp.zeros(length, bool) if reset is None else reset
-        size = min(self.chunk or 64, power_of_two_at_least(length))
-        chunks = to_chunks((promote(xs, dtype), cut, written), size)
-        step = functools.partial(self._chunk, fresh)
-        final, y = lax.scan(step, fresh if state is None else state, chunks)
-        return from_chunks(y, length).astype(output), final
-
-    def _chunk(self, fresh, state, inputs):
-        xs, cut, written = inputs
         own = Sums(xs.v, jnp.ones_like(xs.v), xs.k)
         nothing = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), fresh, own)
         tokens, decay = select(written, (own, xs.w), (nothing, jnp.zeros_like(xs.w)))
@@ -131,14 +114,13 @@ class RWKV4(MemoryCell):
             joined = add(fade(a, gb), b), jnp.maximum(ga + gb, EMPTY)
             return *select(cut_b, (b, gb), joined), cut_a | cut_b
 
-        sums, through, behind = lax.associative_scan(then, (tokens, decay, cut))
-        after = add(fade(jax.tree.map(lambda a: a[None], state), through), sums)
-        after = select(behind, sums, after)
+        first = state, jnp.zeros_like(state.o), jnp.zeros((), bool)
+        after, _, _ = running(then, first, (tokens, decay, cut), self.chunk)
         before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), state, after)
-        before = select(cut, jax.tree.map(lambda a: a[None], fresh), before)
+        before = select(cut, nothing, before)
         y = average(add(before, own._replace(o=xs.u + xs.k)))
         y = select(written, y, average(before))
-        return jax.tree.map(lambda a: a[-1], after), y
+        return y.astype(output), jax.tree.map(lambda a: a[-1], after)
 
 
 class RWKV4Mixer(Mixer):
@@ -148,6 +130,12 @@ class RWKV4Mixer(Mixer):
     bonus and mixing weights by channel and layer (the authors' code, v4). heads: blocks of
     channels, which change nothing. std: of no weight.
     """
+
+    heads: int = 4
+
+    @property
+    def memories(self):
+        return self.heads
 
     def make_cell(self):
         if self.dim % self.heads:

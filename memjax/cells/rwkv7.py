@@ -41,7 +41,12 @@ class RWKV7Mixer(Mixer):
     with the root of dim. std: of no weight.
     """
 
+    heads: int = 4
     ranks: tuple[int, int, int, int] | None = None
+
+    @property
+    def memories(self):
+        return self.heads
 
     def make_cell(self):
         if self.dim % self.heads:

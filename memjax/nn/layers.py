@@ -25,6 +25,7 @@ class Context:
     depth: number of layers of the model.
     published: what earlier layers have for later ones: name -> (whether one has set it, an array
       [B, T, ...]); see `Mixer.published`.
+    losses: what layers add to the training loss (see `Mixer.publish`), summed so far.
     differentiate: whether gradients will be taken, known when the model is traced.
     """
 
@@ -34,6 +35,7 @@ class Context:
     layer: Int[Array, ""] | int = 0
     depth: int = 1
     published: Mapping[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
+    losses: Float[Array, ""] | float = 0.0
     differentiate: bool = True
 
     def replace(self, **changes: Any) -> "Context":
@@ -43,7 +45,7 @@ class Context:
 
 jax.tree_util.register_dataclass(
     Context,
-    data_fields=["reset", "write", "position", "layer", "published"],
+    data_fields=["reset", "write", "position", "layer", "published", "losses"],
     meta_fields=["depth", "differentiate"],
 )
 

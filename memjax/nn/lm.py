@@ -88,6 +88,13 @@ def mixers_of(config: ModelConfig) -> list[str]:
     return sorted({name for text in texts for name in mixer_names(text)})
 
 
+def reports_loss(config: ModelConfig) -> bool:
+    """Whether a layer adds to the training loss; the sum is then sown as "losses"."""
+    return any(
+        getattr(registry.get(name).mixer, "reports_loss", False) for name in mixers_of(config)
+    )
+
+
 def capacity(config: ModelConfig) -> int | None:
     """The longest context that every layer can hold; None when it is unbounded."""
     limits = []
@@ -123,11 +130,14 @@ class LanguageModel(nn.Module):
         state = state or {"position": jnp.zeros(tokens.shape[0], jnp.int32), "layers": None}
         position, end = positions(reset, write, state["position"], tokens.shape[1])
         first, published = jnp.zeros((), jnp.int32), self._published(tokens.shape, dtype)
-        ctx = Context(reset, write, position, first, config.depth, published, differentiate)
+        none = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
+        ctx = Context(reset, write, position, first, config.depth, published, none, differentiate)
         init = nn.with_logical_partitioning(normal(config.std), ("vocab", "embed"))
         embedding = self.param("embedding", init, (config.vocab, config.dim), jnp.float32)
         x = jnp.take(embedding.astype(dtype), tokens, axis=0)  # NaN for a token out of range
-        x, layers, _ = self._stack(dtype)(x, state["layers"], ctx)
+        x, layers, ctx = self._stack(dtype)(x, state["layers"], ctx)
+        if reports_loss(config):
+            self.sow("losses", "layers", ctx.losses)
         if select is not None:
             x = jnp.take_along_axis(x, select[..., None], axis=1)
         x = Norm(config.norm, name="norm")(x)

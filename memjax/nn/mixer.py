@@ -1,6 +1,7 @@
 """Token mixers: a memory cell between two halves, `inputs` and `outputs`."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,13 +22,15 @@ class Mixer(nn.Module):
     blocks can stand between them. The state is a dict: what `inputs` carries (a convolution's
     tail) and "memory", the cell's own. None is the initial state.
 
-    dim: width D of the model. heads: number of heads. std: standard deviation of the weights;
-    that of the output projection is std * out_scale. dtype: of the computation; parameters are
-    float32. implementation: the form of the cell, as in `memjax.run`.
+    dim: width D of the model. std: standard deviation of the weights; that of the output
+    projection is std * out_scale. dtype: of the computation; parameters are float32.
+    implementation: the form of the cell, as in `memjax.run`.
     """
 
     dim: int
-    heads: int = 4
+    # Whether `publish` adds to ctx.losses, what the trainer adds to its loss.
+    reports_loss: ClassVar[bool] = False
+
     std: float = 0.02
     out_scale: float = 1.0
     dtype: DTypeLike = jnp.float32
@@ -54,7 +57,7 @@ class Mixer(nn.Module):
     @property
     def memories(self) -> int:
         """H, the number of memories."""
-        return self.heads
+        raise NotImplementedError(f"{type(self).__name__} must define memories")
 
     def inputs(
         self, x: Float[Array, "B T D"], state: dict, ctx: Context
@@ -65,6 +68,11 @@ class Mixer(nn.Module):
     def outputs(self, y: Array, kept: PyTree) -> Float[Array, "B T D"]:
         """What the layer gives, from the memory's answers y [B, T, H, ...] and what was kept."""
         raise NotImplementedError(f"{type(self).__name__} must define outputs")
+
+    def weights(self, kept: PyTree) -> PyTree:
+        """The cell's own weights, leaves [H, ...]."""
+        del kept
+        return self.memory
 
     def published(self) -> dict[str, tuple[int, ...]]:
         """Name -> axes of one token of what this layer has for later ones; see `publish`."""
@@ -82,7 +90,7 @@ class Mixer(nn.Module):
         xs, kept, new = self.inputs(x, state, ctx)
         y, memory = run(
             self.cell,
-            self.memory,
+            self.weights(kept),
             xs,
             state=state.get("memory"),
             reset=ctx.reset,
@@ -122,6 +130,7 @@ class ProjectionMixer(Mixer):
     "sigmoid" or "none". gate_rank: "full", or "value" for W_g = W_2 W_1 + b of rank V.
     """
 
+    heads: int = 4
     value_heads: int | None = None
     key_dim: int | None = None
     value_dim: int | None = None

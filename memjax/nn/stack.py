@@ -46,16 +46,24 @@ def make_mixer(
     for key in chosen:
         if key not in allowed:
             raise ValueError(registry.unknown(f"option of {name}", key, sorted(allowed)))
-    if isinstance(spec, registry.BlockSpec):
-        inside = inside or spec.defaults
-        if len(inside) not in spec.arguments:
-            counts = " or ".join(map(str, spec.arguments))
-            raise ValueError(f"layer {text!r}: {name} takes {counts} mixers; given {len(inside)}")
-        if inside:
-            chosen["inner"] = tuple(make_mixer(part, options, **shared) for part in inside)
-    elif inside:
-        raise ValueError(f"layer {text!r}: {name} is a cell and takes no mixers")
+    if inside and spec.arguments == (0,):
+        raise ValueError(f"layer {text!r}: {name} takes no mixers")
+    inside = inside or spec.defaults
+    if len(inside) not in spec.arguments:
+        counts = " or ".join(map(str, spec.arguments))
+        raise ValueError(f"layer {text!r}: {name} takes {counts} mixers; given {len(inside)}")
+    if isinstance(spec, registry.CellSpec) and not all(map(_is_cell, inside)):
+        raise ValueError(
+            f"layer {text!r}: {name} wraps a memory cell; given {', '.join(inside)}. Put "
+            f"{name} inside of the block"
+        )
+    if inside:
+        chosen["inner"] = tuple(make_mixer(part, options, **shared) for part in inside)
     return functools.partial(spec.mixer, **shared, **chosen)
+
+
+def _is_cell(text: str) -> bool:
+    return isinstance(registry.get(registry.parse(text)[0]), registry.CellSpec)
 
 
 class Group(nn.Module):

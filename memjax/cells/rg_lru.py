@@ -1,0 +1,192 @@
+"""RG-LRU: the real-gated linear recurrent unit of Griffin, one number per channel.
+
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t * u_t),   a_t = e^(g_t), g_t <= 0
+    y_t = h_t,   and h = i * u at the first token of a document
+
+De et al. 2024, arXiv 2402.19427, Eq. 1-4. A memory is a block of channels; there is no query. The
+slope of the root is held below 1000, as in the authors' code: it is infinite at a = 1, which a gate
+reaches by rounding. Stable for any input: with independent inputs of variance 1 so is the state's.
+"""
+
+import dataclasses
+from typing import Annotated, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memjax.cell import MemoryCell
+from memjax.nn.layers import Dense, ShortConvolution, normal, widen
+from memjax.nn.mixer import Mixer, convolve
+from memjax.recurrence import accumulator_dtype, per_head, promote, running, select
+from memjax.registry import CellSpec, register
+from memjax.typing import Array, Field, Float
+
+
+class Inputs(NamedTuple):
+    """x: [B, T, h, V], i * u; g: [B, T, h, V], log decay <= 0."""
+
+    x: Annotated[Array, Field("V", "value")]
+    g: Annotated[Array, Field("V", "log_decay")]
+
+
+class Level(NamedTuple):
+    """h: [V]. begun: 1 when the document has a token, else 0; None in what is kept to be read."""
+
+    h: Float[Array, " V"]
+    begun: Any
+
+
+@jax.custom_jvp
+def bounded_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """sqrt(x) with a slope of at most 1000."""
+    return jnp.sqrt(x)
+
+
+@bounded_sqrt.defjvp
+def _(primals, tangents):
+    (x,), (change,) = primals, tangents
+    return jnp.sqrt(x), change * 0.5 * lax.rsqrt(jnp.maximum(x, 1 / (4 * 1000**2)))
+
+
+def share(g: Float[Array, "..."]) -> Float[Array, "..."]:
+    """sqrt(1 - a^2) of the log decay g."""
+    return bounded_sqrt(-jnp.expm1(2 * g))
+
+
+@dataclasses.dataclass(frozen=True)
+class RGLRU(MemoryCell):
+    """value_dim: V, the channels of one memory."""
+
+    inputs = Inputs
+
+    value_dim: int
+
+    def __post_init__(self):
+        if self.value_dim < 1:
+            raise ValueError(f"RGLRU: value_dim must be at least 1; given {self}")
+
+    @property
+    def linear(self) -> bool:
+        """The answer is the state."""
+        return True
+
+    def readable(self, state):
+        """h alone."""
+        return Level(state.h, None)
+
+    def init_state(self, params):
+        """Zero, and no token."""
+        return Level(jnp.zeros(self.value_dim, jnp.float32), jnp.zeros((), jnp.int32))
+
+    def write(self, params, state, x):
+        added = jnp.where(state.begun == 1, share(x.g), 1) * x.x
+        return Level(jnp.exp(x.g) * state.h + added, jnp.ones_like(state.begun))
+
+    def read(self, params, state, x):
+        return state.h
+
+    @per_head
+    def chunked(self, params, state, xs, reset, write):
+        """All chunks at once, by the associative law of h -> a h + b."""
+        dtype, output = accumulator_dtype(state, xs), xs.x.dtype
+        xs, length = promote(xs, dtype), xs.x.shape[0]
+        state = self.fresh(params, dtype) if state is None else state
+        written = jnp.ones(length, bool) if write is None else write
+        number = jnp.cumsum(written.astype(jnp.int32)) + state.begun
+        before = number - written  # written tokens in front of each
+        origin = jnp.zeros_like(before)
+        if reset is not None:
+            origin = lax.cummax(jnp.where(reset, before, 0))
+        xs = select(written, xs, jax.tree.map(jnp.zeros_like, xs))
+        added = jnp.where((before > origin)[:, None], share(xs.g), 1) * xs.x
+        decay = jnp.exp(xs.g)
+        if reset is not None:
+            decay = jnp.where(reset[:, None], 0, decay)
+
+        def then(earlier, later):
+            (a, b), (c, d) = earlier, later
+            return a * c, c * b + d
+
+        _, h = running(then, (jnp.ones_like(state.h), state.h), (decay, added))
+        final = Level(h[-1], (number > origin)[-1].astype(jnp.int32))
+        return h.astype(output), final
+
+
+class RGLRUMixer(Mixer):
+    """Griffin's recurrent block: u = convolution(W_x x) + bias, out = W_o (h * gelu(W_y x)).
+
+    r, i = sigmoid(W u + b), W block-diagonal with a block for each head; g = -8 r softplus(Lambda),
+    where Lambda starts so that a^(1/8) is spread over [0.9, 0.999] at r = 1 (the authors' code).
+    width: channels of the recurrence, None for dim. heads: of width / heads channels.
+    convolution: its width, 0 for none.
+    """
+
+    heads: int = 4
+    width: int | None = None
+    convolution: int = 4
+
+    @property
+    def memories(self):
+        return self.heads
+
+    @property
+    def size(self) -> int:
+        """Channels of one head; ValueError when the width does not divide into heads."""
+        width = self.width or self.dim
+        if width % self.heads:
+            raise ValueError(f"rg_lru: width {width} does not divide into {self.heads} heads")
+        return width // self.heads
+
+    def make_cell(self):
+        return RGLRU(self.size)
+
+    def setup(self):
+        super().setup()
+        shape, axes = (self.heads, self.size), ("heads", "head_dim")
+        sizes = dict(std=self.std, dtype=self.dtype)
+        self.value, self.gate = Dense(shape, axes, **sizes), Dense(shape, axes, **sizes)
+        if self.convolution:
+            self.short_convolution = ShortConvolution(
+                self.convolution, None, bias=True, dtype=self.dtype
+            )
+        std = self.std * self.out_scale
+        self.output = Dense((self.dim,), ("embed",), axes, std=std, dtype=self.dtype)
+
+        def decay(key):
+            square = jax.random.uniform(key, shape, minval=0.9**2, maxval=0.999**2)
+            return jnp.log(square**-0.5 - 1)
+
+        self.decay = self.param("Lambda", nn.with_logical_partitioning(decay, axes))
+        block = nn.with_logical_partitioning(
+            normal(self.size**-0.5), (None, "heads", None, "head_dim")
+        )
+        square = (2, *shape, self.size)
+        self.blocks = self.param("blocks", block, square, jnp.float32)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, *axes))
+        self.biases = self.param("biases", zeros, (2, *shape), jnp.float32)
+
+    def inputs(self, x, state, ctx):
+        u: Array = self.value(x)
+        new: dict = {}
+        if self.convolution:
+            (u,), new = convolve(self.short_convolution, (u,), state, ctx)
+        gates = jnp.einsum("bthv,rhvw->rbthw", u, self.blocks.astype(u.dtype))
+        r, i = jax.nn.sigmoid(widen(gates) + self.biases[:, None, None])
+        g = -8 * r * jax.nn.softplus(self.decay)
+        return Inputs((i * widen(u)).astype(u.dtype), g), self.gate(x), new
+
+    def outputs(self, y, kept):
+        return self.output(y * jax.nn.gelu(kept))
+
+
+register(
+    CellSpec(
+        name="rg_lru",
+        cell=lambda: RGLRU(6),
+        mixer=RGLRUMixer,
+        paper="De et al. 2024, arXiv 2402.19427",
+        recurrence="h = a h + √(1 − a²) x, per channel",
+    )
+)
