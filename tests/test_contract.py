@@ -51,9 +51,9 @@ def each(cases, fast=CASES):
     return pytest.mark.parametrize("case", rows, ids=[case.name for case in cases])
 
 
-def each_form(cases, **axes):
+def each_form(cases, forms=contract.forms, **axes):
     """One test for each case and form, times what `axes` list for a case."""
-    rows = [(case, form) for case in cases for form in contract.forms(case)]
+    rows = [(case, form) for case in cases for form in forms(case)]
     for values in axes.values():
         rows = [(*row, value) for row in rows for value in values(row[0])]
     ids = ["-".join([row[0].name, *map(str, row[1:])]) for row in rows]
@@ -149,15 +149,20 @@ def test_slope(case):
     checks.check_slope(case)
 
 
+def compared(case):
+    """The forms that are compared with `scan`, which is compared with float64 on the way."""
+    return contract.forms(case)[1:] or ["scan"]
+
+
 @slow
-@each_form(CASES, length=lambda case: contract.lengths(case.cell))
+@each_form(CASES, compared, length=lambda case: contract.lengths(case.cell))
 def test_every_length_and_scenario(case, form, length):
     for scenario in contract.scenarios(case):
         checks.check_forms(case, form, contract.problem(case, 3, length, scenario))
 
 
 @slow
-@each_form(CELLS, state=lambda case: (False, True))
+@each_form(CELLS, compared, state=lambda case: (False, True))
 def test_every_scenario_without_masks_or_state(case, form, state):
     length = max(contract.lengths(case.cell))
     for scenario in contract.scenarios(case):
@@ -188,7 +193,7 @@ def test_every_law(case, form):
 
 
 @slow
-@each_form(CELLS, scenario=contract.scenarios)
+@each_form(CELLS, compared, scenario=contract.scenarios)
 def test_every_scenario_in_long_chunks(case, form, scenario):
     for cell in (case.spec.cell(), contract.small(case, 64).cell):
         for masks in (False, True):
