@@ -83,15 +83,20 @@ def _small(cell: MemoryCell, size: int) -> MemoryCell:
 
 def forms(case: Case) -> list[str]:
     """The forms that serve this cell here, `scan` first."""
-    given = problem(case, 0, 3, state=False, masks=False)
-    serving = []
-    for form in reversed(FORMS):
-        try:
-            jax.eval_shape(partial(apply, case.cell, form), given)
-        except NotImplementedError:
-            continue
-        serving.append(form)
-    return serving
+    if case.cell not in _SERVING:
+        given = problem(case, 0, 3, state=False, masks=False)
+        serving = []
+        for form in reversed(FORMS):
+            try:
+                jax.eval_shape(partial(apply, case.cell, form), given)
+            except NotImplementedError:
+                continue
+            serving.append(form)
+        _SERVING[case.cell] = serving
+    return _SERVING[case.cell]
+
+
+_SERVING: dict[MemoryCell, list[str]] = {}  # what was found, at most once for a cell
 
 
 def scenarios(case: Case) -> list[str]:

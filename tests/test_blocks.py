@@ -72,18 +72,20 @@ class Weighted(MemoryCell):
 
 
 class WeightedMixer(Mixer):
+    memories = 2
+
     def make_cell(self):
         return Weighted()
 
     def inputs(self, x, state, ctx):
-        return Vectors(jnp.broadcast_to(x[:, :, None, :3], (*x.shape[:2], self.heads, 3))), x, {}
+        return Vectors(jnp.broadcast_to(x[:, :, None, :3], (*x.shape[:2], 2, 3))), x, {}
 
     def outputs(self, y, kept):
         return kept + y.mean((2, 3))[..., None]
 
 
 def test_a_memorys_own_weights_have_axes():
-    module = WeightedMixer(dim=4, heads=2)
+    module = WeightedMixer(dim=4)
     x = jnp.ones((1, 3, 4))
     ctx = Context(None, None, jnp.zeros((1, 3), jnp.int32))
     variables = module.init(KEY, x, None, ctx)
@@ -179,7 +181,7 @@ MESSAGES = {
         layers=((("hybrid(delta_net, delta_net, delta_net)",), 1),)
     ),
     "base_conv takes 0 mixers; given 1": dict(layers=((("base_conv(delta_net)",), 1),)),
-    "delta_net takes no mixers": dict(layers=((("delta_net(delta_net)",), 1),)),
+    "delta_net takes 0 mixers; given 1": dict(layers=((("delta_net(delta_net)",), 1),)),
     "unknown mixer in model.mixers 'delta_nte'; allowed: delta_net. Did you": dict(
         mixers={"delta_nte": {}}
     ),

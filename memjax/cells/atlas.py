@@ -110,7 +110,8 @@ class Atlas(OmegaNet):
 
 def orthogonalise(x: Float[Array, "... m n"], steps: int) -> Float[Array, "... m n"]:
     """Newton and Schulz's quintic iteration with Muon's coefficients (Jordan et al. 2024): singular
-    values of x over its norm, brought near 1: by 5 steps above 1 % to [0.68, 1.2]. 0 stays 0."""
+    values of x over its norm, brought near 1: by 5 steps above 1 % to [0.68, 1.2]. 0 stays 0, and
+    rounding in a direction that x does not have grows by 3.4445 in each step, 485-fold in 5."""
     if x.shape[-2] > x.shape[-1]:
         return orthogonalise(x.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -236,7 +237,8 @@ register(
         recurrence="S = θ S + Σ γ ∇‖M(kᵢ) − vᵢ‖², M = α M − η NS(S), NS: Newton-Schulz",
         variants={
             "momentum": lambda: Atlas(8, 6, frozen_chunk=8, context=3, newton_schulz=0),
-            "deep": lambda: Atlas(4, 4, 2, 2, frozen_chunk=5, std=0.5, context=2),
+            # of a network in float32, 5 steps lose 1e-4 of the momentum with gates at their limits
+            "deep": lambda: Atlas(4, 4, 2, 2, frozen_chunk=5, std=0.5, context=2, newton_schulz=3),
         },
     )
 )

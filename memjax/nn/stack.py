@@ -46,8 +46,6 @@ def make_mixer(
     for key in chosen:
         if key not in allowed:
             raise ValueError(registry.unknown(f"option of {name}", key, sorted(allowed)))
-    if inside and spec.arguments == (0,):
-        raise ValueError(f"layer {text!r}: {name} takes no mixers")
     inside = inside or spec.defaults
     if len(inside) not in spec.arguments:
         counts = " or ".join(map(str, spec.arguments))
