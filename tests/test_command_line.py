@@ -69,9 +69,7 @@ MISTAKES = {
     f"{LAYERS}((('delta_net(',),1),)": ["'delta_net('", "expected a name or name(name, ...)"],
     f"{LAYERS}((('base_conv','delta_nte'),1),)": ["'delta_nte'", "Did you mean 'delta_net'?"],
     f"{LAYERS}((('base_conv','hybrid(delta_net)'),1),)": ["hybrid takes 2 mixers", "given 1"],
-    f"{LAYERS}((('base_conv','delta_net','delta_net(base_conv)'),1),)": [
-        "delta_net takes 0 mixers"
-    ],
+    f"{LAYERS}((('base_conv','delta_net(base_conv)'),1),)": ["delta_net takes 0 mixers"],
     "--config.model.mixers.delta_net.heads=3": ["dim 8", "3 heads", "change heads"],
     "--config.model.mixers.delta_net.norm=lyer": ["'lyer'", "allowed are 'rms' and 'layer'"],
     "--config.model.dim=0": ["model.dim", "at least 1", "given 0"],

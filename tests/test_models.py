@@ -2,7 +2,7 @@
 
 The bound is the contract's: max(1e-5, 3 x the float32 forward pass's own distance from float64).
 Plain tests take each cell alone and `models.COMBINED`, or one of each kind of state (`EVERY`); the
-full product is marked slow.
+others are marked slow, and so is the product of cells and layers (decoding, causality and bits).
 """
 
 import contract
@@ -24,9 +24,10 @@ EVERY = (*models.COMBINED, "mamba2", "attention", "omega_net")
 
 
 def each(*names):
-    """Every model: `names`, by default those of `models.FAST`, plain, the others marked slow."""
-    plain = names or models.FAST
-    slow = [n for n in models.ALL if n not in plain]
+    """`names` plain and the others of `models.FAST` marked slow; without names those of
+    `models.FAST` plain and the product marked slow."""
+    plain, every = (names, models.FAST) if names else (models.FAST, models.ALL)
+    slow = [n for n in every if n not in plain]
     return pytest.mark.parametrize(
         "name", [*plain, *(pytest.param(n, marks=pytest.mark.slow) for n in slow)]
     )
