@@ -114,6 +114,11 @@ class MemoryCell:
         raise NotImplementedError(f"{type(self).__name__} has no Pallas kernel; use 'chunked'")
 
 
+def contains(cell: MemoryCell, kind: type) -> bool:
+    """Whether a cell, or one that it wraps, is of this class."""
+    return type(cell) is kind or (hasattr(cell, "inner") and contains(cell.inner, kind))
+
+
 def run(
     cell: MemoryCell,
     params: PyTree,

@@ -23,13 +23,11 @@ BORDER = 5  # where the plain tests split; the parts are alike and share their c
 EVERY = (*models.COMBINED, "mamba2", "attention", "omega_net")
 
 
-def each(*names):
-    """`names` plain and the others of `models.FAST` marked slow; without names those of
-    `models.FAST` plain and the product marked slow."""
-    plain, every = (names, models.FAST) if names else (models.FAST, models.ALL)
-    slow = [n for n in every if n not in plain]
+def each(*names, every=models.FAST):
+    """`names` plain, the others of `every` marked slow."""
+    slow = [n for n in every if n not in names]
     return pytest.mark.parametrize(
-        "name", [*plain, *(pytest.param(n, marks=pytest.mark.slow) for n in slow)]
+        "name", [*names, *(pytest.param(n, marks=pytest.mark.slow) for n in slow)]
     )
 
 
@@ -47,7 +45,7 @@ def decode(name, tokens, state):
     return np.concatenate(logits, axis=1), state
 
 
-@each()
+@each(*models.CELLS, "scanned", "nested", every=models.ALL)
 def test_prefill_and_decode_equal_the_forward_pass(name):
     tokens = models.text()
     head, state = models.apply(name, tokens[:, :BORDER])
@@ -144,7 +142,7 @@ def put_row(state, other, row):
     return jax.tree.map(put, state, other)
 
 
-@each()
+@each(*EVERY, every=models.ALL)
 def test_nothing_written_changes_no_bit(name):
     fresh, (reset, write) = models.fresh(name), models.masks(5)
     _, carried = models.apply(name, models.text(7), fresh, *models.masks(LENGTH))

@@ -14,6 +14,7 @@ from contract import distance
 
 from memjax import cells, cost, train_step
 from memjax.cells.atlas import OmegaNet
+from memjax.cells.attention import Attention
 from memjax.cells.delta_net import DeltaNet
 from memjax.cells.gated_delta_net import GatedDeltaNet
 from memjax.cells.linear_attention import LinearAttention
@@ -24,7 +25,7 @@ from memjax.nn.stack import make_mixer
 from memjax.wrappers.memory_caching import MemoryCaching
 from memjax.wrappers.mixture_of_memories import MixtureOfMemories, merge
 
-T = 22
+T, B, D = 22, 2, 16
 FORMS = ("scan", "chunked")
 LINEAR = LinearAttention(4, 3, scale=1.0, chunk=4)
 DELTA = GatedDeltaNet(4, 3, chunk=4)
@@ -89,7 +90,7 @@ def test_residual_of_checkpoints_counts_every_memory_that_holds_a_token(form):
 def test_equal_gates_are_the_residual_mean(form):
     grm = MemoryCaching(DELTA, "grm", segment=4, slots=8)
     given = given_for(grm)
-    given = given._replace(xs=given.xs._replace(u=0 * given.xs.u))
+    given = given._replace(xs=given.xs._replace(ask=0 * given.xs.ask))
     residual = MemoryCaching(DELTA, "residual", segment=4, slots=8, start="checkpoint")
     count = 1 + np.arange(T) // 4
     expected = np.float64(answers(residual, form, given)) / count[:, None, None]
@@ -265,6 +266,17 @@ def test_a_token_reads_its_selected_memories_only():
     assert ssc[1] < 1.5 * ssc[0]
 
 
+def test_dropped_memories_cost_nothing():
+    """The same with room for four of them, and twice the tokens."""
+
+    def flops(length):
+        cell = MemoryCaching(LinearAttention(64, 64), segment=64, slots=4)
+        given = contract.to_numpy(given_for(cell, length=length))
+        return cost.flops(functools.partial(contract.apply, cell, "chunked"), given) / length
+
+    assert flops(64 * 32) < 1.05 * flops(64 * 16)
+
+
 @pytest.mark.parametrize(
     ("message", "options"),
     {
@@ -275,7 +287,7 @@ def test_a_token_reads_its_selected_memories_only():
         "soup mixes weights, and SlidingWindow": dict(
             inner=cells.get("sliding_window").cell(), mode="soup"
         ),
-        "logarithmic segments are for": dict(segmentation="logarithmic"),
+        "logarithmic segments are for": dict(mode="ssc", segmentation="logarithmic"),
         "cannot wrap itself": dict(inner=MemoryCaching(LINEAR)),
     }.items(),
 )
@@ -351,6 +363,60 @@ def test_equal_memories_with_gates_of_sum_one_are_one(form):
     assert distance(answers(cell, form, given), answers(DELTA, form, alone)) < 1e-6
 
 
+def test_memories_that_overflow_reach_no_earlier_token():
+    """Attention answers NaN past its capacity; tokens in front of that stay finite."""
+    cell = MemoryCaching(Attention(4, 3, window=8), segment=4)
+    given = given_for(cell)
+    for form in FORMS:
+        finite = np.isfinite(answers(cell, form, given)).all(axis=(0, 2, 3, 4))
+        assert finite.tolist() == [t < 8 for t in range(T)], form
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        MemoryCaching(LINEAR, segment=4, start="independent"),
+        MemoryCaching(LINEAR, segment=4),
+        MixtureOfMemories(LINEAR, 2),
+    ],
+)
+def test_heads_may_be_counted_by_the_wrappers_own_leaf(cell):
+    """Keys and values of one head, gates of two; and a write mask of two heads of four."""
+    for heads, masked in ((2, False), (4, True)):
+        given = given_for(cell, heads=heads)
+        few = [a[:, :, :1] for a in given.xs[:-1]]
+        write = np.random.default_rng(0).random((contract.BATCH, T, 2)) < 0.7 if masked else None
+        given = given._replace(xs=[*few, given.xs[-1]], write=write)
+        expected = answers(cell, "scan", given)
+        assert expected.shape[2] == heads
+        assert distance(answers(cell, "chunked", given), expected) < 1e-6
+
+
+NAMES = [
+    n if n in ("rwkv4", "mamba2", "titans") else pytest.param(n, marks=pytest.mark.slow)
+    for n in cells.names()
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_can_be_wrapped(name):
+    """Shapes alone: parameters, and a token after others."""
+    wrappers = ("memory_caching", "mixture_of_memories")
+    texts = [f"{wrapper}({name})" for wrapper in wrappers if wrapper not in name]
+    if name not in wrappers:
+        texts += [f"memory_caching({texts[1]})", f"mixture_of_memories({texts[0]})"]
+    for text in texts:
+        model = LanguageModel(ModelConfig(11, D, (((text,), 1),), mlp=0.0))
+        params = train_step.abstract_params(model)
+
+        def run(params, tokens, model=model):
+            _, state = model.apply({"params": params}, tokens)
+            return model.apply({"params": params}, tokens[:, :1], state)
+
+        logits, _ = jax.eval_shape(run, params, jax.ShapeDtypeStruct((B, 5), jnp.int32))
+        assert logits.shape == (B, 1, 11)
+
+
 def test_wrappers_wrap_each_other():
     cell = MemoryCaching(MixtureOfMemories(DELTA, 3), segment=4)
     given = given_for(cell, state=True, masks=True, heads=2)
@@ -363,15 +429,15 @@ def test_bad_mixtures_are_refused():
     with pytest.raises(ValueError, match="number must be at least 1"):
         MixtureOfMemories(DELTA, 0)
     with pytest.raises(ValueError, match="cannot wrap itself"):
-        MixtureOfMemories(MixtureOfMemories(DELTA))
+        MixtureOfMemories(MemoryCaching(MixtureOfMemories(DELTA)))
+    with pytest.raises(ValueError, match="Mamba2Mixer puts gate, D beside its memory's answers"):
+        options = {"mixture_of_memories": {"shared": False}}
+        make_mixer("mixture_of_memories(mamba2)", options, dim=16)().make_cell()
     with pytest.raises(ValueError, match="memory_caching wraps a memory cell; given hybrid"):
         make_mixer("memory_caching(hybrid)", {})
 
 
 # ------------------------------------------------------------ in a model
-
-
-B, D = 2, 16
 
 
 @functools.cache

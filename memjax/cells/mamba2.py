@@ -25,6 +25,8 @@ class Mamba2Mixer(Mixer):
     SiLU alone. A ~ U(1, 16), D = 1.
     """
 
+    beside = ("gate", "D")
+
     heads: int = 4
     expand: int = 2
     groups: int = 1

@@ -123,6 +123,8 @@ class RGLRUMixer(Mixer):
     convolution: its width, 0 for none.
     """
 
+    beside = ("gate",)
+
     heads: int = 4
     width: int | None = None
     convolution: int = 4

@@ -131,6 +131,8 @@ class RWKV4Mixer(Mixer):
     channels, which change nothing. std: of no weight.
     """
 
+    beside = ("receptance", "mix_r")
+
     heads: int = 4
 
     @property

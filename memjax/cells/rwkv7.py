@@ -41,6 +41,11 @@ class RWKV7Mixer(Mixer):
     with the root of dim. std: of no weight.
     """
 
+    beside = (
+        *("receptance", "mix_r", "g_first", "g_second", "mix_g", "r_k"),
+        *("norm_scale", "norm_bias"),
+    )
+
     heads: int = 4
     ranks: tuple[int, int, int, int] | None = None
 

@@ -30,6 +30,8 @@ class Mixer(nn.Module):
     dim: int
     # Whether `publish` adds to ctx.losses, what the trainer adds to its loss.
     reports_loss: ClassVar[bool] = False
+    # Parameters of what `inputs` keeps for `outputs`, where that is more than the layer's input.
+    beside: ClassVar[tuple[str, ...]] = ()
 
     std: float = 0.02
     out_scale: float = 1.0

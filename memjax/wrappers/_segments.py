@@ -58,10 +58,9 @@ class Counts(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """Where tokens stand. before: of the segment that runs into their window. number: past segments
-    of their document. document: of the sequence, from 0. mean: of the keys of their own segment."""
+    """Where tokens stand. number: past segments of their document. document: of the sequence, from
+    0. mean: of the keys of their own segment, up to them."""
 
-    before: Bool[Array, " T"]
     number: Int[Array, " T"]
     document: Int[Array, " T"]
     mean: Float[Array, "T P"]
@@ -92,10 +91,10 @@ def chunked(cell, params, state, xs, reset, write):
     output, (batch, length) = jax.tree.leaves(xs)[0].dtype, jax.tree.leaves(xs)[0].shape[:2]
     params, xs = promote((params, xs), dtype)
     start = initial_state(cell, params, batch, heads, dtype)
-    written = jnp.ones((batch, length, 1), bool)
+    written = jnp.ones((batch, length, heads), bool)
     if write is not None:
-        written = write[..., None] if write.ndim == 2 else write
-    written = jnp.broadcast_to(written, (batch, length, heads))
+        write = write.reshape(batch, length, -1)
+        written = jnp.repeat(write, heads // write.shape[2], axis=2)
     if state is None and reset is None and write is None:
         y, marks, entries, last = aligned(cell, params, start, xs, written)
     else:
@@ -121,13 +120,13 @@ def windows(cell, params, start: Caches, state: Caches, xs, reset, written):
     def window(carry, inputs):
         running, counts = carry
         keys, x, reset, written = inputs
-        marks, (counts, entry) = mark(cell, {}, counts, keys, reset, written)
-        first = run_inner(cell, params, x, running, None, written & marks.before)
+        (before, marks), (counts, entry) = mark(cell, {}, counts, keys, reset, written)
+        first = run_inner(cell, params, x, running, None, written & before)
         begin = first[1]
         if cell.independent:
             begin = select(entry.size > 0, start.running, begin)
-        second = run_inner(cell, params, x, begin, reset, written & ~marks.before)
-        y = select(marks.before, first[0], second[0])
+        second = run_inner(cell, params, x, begin, reset, written & ~before)
+        y = select(before, first[0], second[0])
         entry = entry._replace(kept=cell.inner.readable(first[1]))
         return (second[1], counts), (y, marks, entry)
 
@@ -143,21 +142,23 @@ def aligned(cell, params, start: Caches, xs, written):
     length = written.shape[1]
     keys, inner = keys_of(cell, xs)
     keys, inner, written = split((keys, inner, written), min(cell.segment, length))
-    zero, windows = jnp.zeros_like(start.place), len(written)
-    number = jnp.broadcast_to(
-        jnp.arange(windows, dtype=jnp.int32)[:, None, None], (windows, *zero.shape)
-    )
-
-    def one(keys, number, written):
-        counts = Counts(start.total, zero, number, zero)
-        marks, (counts, _) = mark(cell, {}, counts, keys, None, written)
-        return marks, counts
-
-    marks, counts = jax.vmap(one)(keys, number, written)
+    heads = start.place.shape[1]
+    shape = (len(written), *start.place.shape)
+    number = jnp.broadcast_to(jnp.arange(len(written), dtype=jnp.int32)[:, None, None], shape)
+    totals = jnp.cumsum(jnp.where(written[..., : keys.shape[3], None], keys, 0), axis=2)
+    places = jnp.cumsum(written, axis=2, dtype=jnp.int32)
+    each = jnp.broadcast_to(number[:, :, None], written.shape)
+    mean = totals / places[..., : keys.shape[3], None].astype(totals.dtype)
+    marks = Marks(each, jnp.zeros_like(each), mean)
+    total = jnp.repeat(totals[:, :, -1], heads // keys.shape[3], axis=2)
+    counts = Counts(total, places[:, :, -1], number, jnp.zeros_like(number))
     padded = None if length % written.shape[2] == 0 else written
     if cell.independent:  # all segments at once
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (inner, padded))
-        y, ends = run_inner(cell, params, flat[0], None, None, flat[1])
+        begin = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(number), *a.shape)), start.running)
+        if memories(params, None, inner) == heads:
+            begin = None  # the inner cell may have a faster form from its initial state
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (inner, begin, padded))
+        y, ends = run_inner(cell, params, flat[0], flat[1], None, flat[2])
         y, ends = jax.tree.map(lambda a: a.reshape(*number.shape[:2], *a.shape[1:]), (y, ends))
     else:
 
@@ -201,8 +202,8 @@ def held(cell, state: Caches) -> Entries:
 
 @per_head
 def mark(cell, params, counts: Counts, keys, reset, written):
-    """Marks of a window's tokens, the counts behind it, and the entry that a segment leaves
-    which ends in it, without its memory."""
+    """Whether each token of a window is of the segment that runs into it, and its marks; the counts
+    behind the window, and the entry that a segment leaves which ends in it, without its memory."""
     del params
     document = jnp.zeros(len(written), jnp.int32)
     if reset is not None:
@@ -217,7 +218,6 @@ def mark(cell, params, counts: Counts, keys, reset, written):
     places = jnp.sum(same, axis=1, dtype=jnp.int32) + jnp.where(before, counts.place, 0)
     numbers = jnp.where(live, counts.number + ~before, 0)
     marks = Marks(
-        before,
         numbers,
         counts.document + document,
         totals / jnp.maximum(places, 1)[:, None].astype(totals.dtype),
@@ -226,7 +226,7 @@ def mark(cell, params, counts: Counts, keys, reset, written):
     size = jnp.any(live & ~before).astype(jnp.int32)
     entry = Entries(None, ending / cell.segment, counts.document, counts.number, size)
     last = Counts(totals[-1], places[-1], numbers[-1], marks.document[-1])
-    return marks, (last, entry)
+    return (before, marks), (last, entry)
 
 
 @per_head
@@ -269,15 +269,24 @@ def read_all(cell, params, entries: Entries, tokens, reset, write):
     if cell.mode == "ssc":
         return read_selected(cell, params, entries, xs, y, marks), entries
 
+    size = min(BLOCK, len(y))
+    most = len(entries.size)  # that the tokens of a block may see
+    if cell.segmentation == "constant":
+        most = min(most, cell.slots + size // cell.segment + 2)
+
     @jax.checkpoint
     def block(inputs):
         xs, y, marks = inputs
-        gates, own = gates_of(cell, entries, xs.u, marks)
+        useless = ~jnp.any(visible(cell, entries, marks), axis=0)
+        some = jax.tree.map(lambda a: a[jnp.argsort(useless, stable=True)[:most]], entries)
+        gates, own = gates_of(cell, some, xs.ask, marks)
         one = jax.vmap(cell.inner.read, (None, 0, None))
-        answers = jax.vmap(one, (None, None, 0))(params, entries.kept, cell.inner.inputs(*xs[:-1]))
+        answers = jax.vmap(one, (None, None, 0))(params, some.kept, cell.inner.inputs(*xs[:-1]))
+        seen = visible(cell, some, marks)  # a memory that is not seen may have overflown
+        answers = jnp.where(jnp.expand_dims(seen, range(2, answers.ndim)), answers, 0)
         return dot("t,t...->t...", own, y) + dot("te,te...->t...", gates, answers)
 
-    blocks = to_chunks(tokens, min(BLOCK, len(y)))
+    blocks = to_chunks(tokens, size)
     return from_chunks(lax.map(block, blocks), len(y)), entries
 
 
@@ -308,7 +317,7 @@ def gates_of(cell, entries: Entries, u, marks: Marks):
 def read_selected(cell, params, entries: Entries, xs, y, marks: Marks):
     """The same for ssc: (token, memory) pairs are sorted by memory, and a block of them is
     answered by one memory."""
-    seen, u = visible(cell, entries, marks), xs.u
+    seen, u = visible(cell, entries, marks), xs.ask
     logits = scores("tp,ep->te", u, entries.keys)
     chosen = cell.choose(logits, seen, entries.first)
     logits, there = (jnp.take_along_axis(a, chosen, axis=1) for a in (logits, seen))

@@ -7,19 +7,25 @@
     soup      y_t = (gamma_t M_t + sum_i gamma_t^i M^i)(q_t): the weights are mixed, not the answers
     ssc       grm over the running segment and the k past ones with the largest u_t . m^i
 
-Memory Caching, 2026, arXiv 2602.24281, Eq. 4-17: Residual, Gated Residual Memory, Memory Soup and
-Sparse Selective Caching. A segment is L written tokens of a document, and is put away when the
-token behind it is written. Logarithmic segmentation keeps blocks of 1, 2, 4, .. segments instead,
-those of the binary number of past segments; a block's memory is the sum of its segments' (grm of
-linear attention with segments of one token: Log-Linear++).
+Memory Caching, 2026, arXiv 2602.24281: Residual, Gated Residual Memory, Memory Soup and Sparse
+Selective Caching. A segment is L written tokens of a document, and is put away when the token
+behind it is written. Logarithmic segmentation keeps blocks of 1, 2, 4, .. segments instead, those
+of the binary number of past segments; a block's memory is the sum of its segments' (grm of linear
+attention with segments of one token: Log-Linear++).
 
-The paper leaves open, and our choice is: means of keys, a gate per head from a projection of its
-own (u), gradients through all that is kept, softmax over the selected segments only. Scores are
-rounded to bfloat16 for the selection and the newest of equals goes first, so that rounding does not
-decide. Past memories are kept in N slots, the oldest is dropped. A segment goes on with the
-memory of the one before ("checkpoint") or begins anew ("independent"; residual, logarithmic).
+The paper's text is not public; the equations are those that several descriptions of it agree on.
+Our choice is: means of keys, up to the token itself in the running segment; u from a projection of
+its own, a gate per head, scores over sqrt(P); gradients through all that is kept; softmax over the
+selected segments only; the sizes. Scores are rounded to bfloat16 for the selection and the newest
+of equals goes first, so that the last bits, in which forms differ, seldom decide. Past memories
+are kept in N slots: the oldest is dropped, or the last slot takes the rest (logarithmic). A segment
+goes on with the memory of the one before ("checkpoint": grm, soup, ssc) or begins anew
+("independent": residual and logarithmic), unless `start` says otherwise.
 
-Reading costs every token N memories, k with ssc. What is stable is the wrapped cell's own business.
+A token reads N memories, k with ssc; in the chunked form with logarithmic segments all of them.
+With resets, masks or a state the chunked form runs the inner cell twice. A soup of memories that
+are not linear has no chunked form: it is trained token by token and holds N memories for each. What
+is stable is the wrapped cell's own business.
 """
 
 import dataclasses
@@ -31,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memjax.cell import MemoryCell
+from memjax.cell import MemoryCell, contains
 from memjax.nn.layers import Dense
 from memjax.nn.mixer import Mixer
 from memjax.recurrence import select
@@ -46,11 +52,11 @@ SEGMENTATIONS = ("constant", "logarithmic")
 
 @functools.cache
 def with_gate(inputs: type) -> Any:
-    """The type of a cell's inputs with one more leaf, u [B, T, h, P], which asks for segments."""
+    """The type of a cell's inputs with one more leaf, ask [B, T, h, P]: u, the segments' query."""
     leaves: list[tuple[str, Any]] = [
         (name, Annotated[Array, field]) for name, field in fields(inputs).items()
     ]
-    return NamedTuple("Inputs", [*leaves, ("u", Annotated[Array, Field("P", "query")])])
+    return NamedTuple("CachedInputs", [*leaves, ("ask", Annotated[Array, Field("P", "query")])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +91,7 @@ class MemoryCaching(MemoryCell):
         if min(self.segment, self.slots, self.top) < 1:
             raise ValueError(f"memory_caching: segment, slots and top must be >= 1; given {self}")
         kind = type(self.inner)
-        if kind is MemoryCaching:
+        if contains(self.inner, MemoryCaching):
             raise ValueError("memory_caching cannot wrap itself; take more slots")
         if self.mode == "soup" and (kind.step is not MemoryCell.step or not self._mixes()):
             raise ValueError(
@@ -113,13 +119,14 @@ class MemoryCaching(MemoryCell):
 
     @property
     def inputs(self) -> Any:  # type: ignore[override]  # of this cell, not of the class
-        """Those of the inner cell, and u [B, T, h, P]."""
+        """Those of the inner cell, and ask [B, T, h, P], the u of the equations."""
         return with_gate(self.inner.inputs)
 
     @property
     def independent(self) -> bool:
         """Whether a segment begins with the initial memory."""
-        return (self.start or STARTS[self.mode == "residual"]) == "independent"
+        anew = self.mode == "residual" or self.segmentation == "logarithmic"
+        return (self.start or STARTS[anew]) == "independent"
 
     @property
     def key(self) -> str:
@@ -214,7 +221,7 @@ class MemoryCaching(MemoryCell):
 
     def _answer(self, params, state: Caches, x, y):
         """The answer of one token, y being that of the running memory."""
-        x, u = self.inner.inputs(*x[:-1]), x.u
+        x, u = self.inner.inputs(*x[:-1]), x.ask
         mean = state.total / jnp.maximum(state.place, 1)
         there, kept, keys = self.sizes(state.number) > 0, state.kept, state.keys
         if self.mode == "ssc":
@@ -258,7 +265,8 @@ class MemoryCaching(MemoryCell):
 
 
 class MemoryCachingMixer(Mixer):
-    """Any mixer with its memory cached; u = W_u x. The options are those of the cell."""
+    """Any mixer with its memory cached; u = W_u x. The options are those of the cell; the inner
+    form is the inner mixer's `implementation`."""
 
     inner: tuple[Any, ...] = ()
     mode: str = "grm"
@@ -272,6 +280,11 @@ class MemoryCachingMixer(Mixer):
     def template(self) -> Mixer:
         """The inner mixer, without parameters."""
         return self.inner[0](parent=None)
+
+    @property
+    def beside(self):  # type: ignore[override]
+        """As the inner mixer."""
+        return self.template.beside
 
     def make_cell(self):
         return MemoryCaching(
@@ -287,8 +300,9 @@ class MemoryCachingMixer(Mixer):
 
     def setup(self):
         self.cell, self.wrapped = self.make_cell(), self.inner[0]()
-        shape = self.memories, self.cell.axis("P")
-        self.ask = Dense(shape, ("heads", None), std=self.std, dtype=self.dtype)
+        if self.mode != "residual":
+            shape = self.memories, self.cell.axis("P")
+            self.ask = Dense(shape, ("heads", None), std=self.std, dtype=self.dtype)
 
     @property
     def memories(self):
@@ -296,7 +310,11 @@ class MemoryCachingMixer(Mixer):
 
     def inputs(self, x, state, ctx):
         xs, kept, new = self.wrapped.inputs(x, state, ctx)
-        return self.cell.inputs(*xs, self.ask(x)), kept, new
+        if self.mode == "residual":
+            ask = jnp.zeros((*x.shape[:2], self.memories, self.cell.axis("P")), x.dtype)
+        else:
+            ask = self.ask(x)
+        return self.cell.inputs(*xs, ask), kept, new
 
     def weights(self, kept):
         return self.wrapped.weights(kept)

@@ -14,6 +14,7 @@ in any form of the inner cell. It is stable where the inner cell is.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ from flax import traverse_util
 from flax.core import meta
 from jax import lax
 
-from memjax.cell import MemoryCell, run
+from memjax.cell import MemoryCell, contains, initial_state, run
 from memjax.nn.layers import Context, Dense, widen
 from memjax.nn.mixer import Mixer
 from memjax.recurrence import accumulator_dtype, memories, promote, select
@@ -41,7 +42,9 @@ def with_router(inputs: type) -> Any:
     for name, field in fields(inputs).items():
         field = dataclasses.replace(field, shape=f"m {field.shape}")
         leaves.append((name, Annotated[Array, field]))
-    return NamedTuple("Inputs", [*leaves, ("gates", Annotated[Array, Field("m", "query_rate")])])
+    return NamedTuple(
+        "MixedInputs", [*leaves, ("gates", Annotated[Array, Field("m", "query_rate")])]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class MixtureOfMemories(MemoryCell):
     def __post_init__(self):
         if self.number < 1:
             raise ValueError(f"mixture_of_memories: number must be at least 1; given {self}")
-        if type(self.inner) is MixtureOfMemories:
+        if contains(self.inner, MixtureOfMemories):
             raise ValueError("mixture_of_memories cannot wrap itself; take more memories")
 
     @property
@@ -106,6 +109,7 @@ class MixtureOfMemories(MemoryCell):
         dtype, heads = accumulator_dtype(params, state, xs), memories(params, state, xs)
         output, (batch, length) = jax.tree.leaves(xs)[0].dtype, jax.tree.leaves(xs)[0].shape[:2]
         params, xs = promote((params, xs), dtype)
+        state = initial_state(self, params, batch, heads, dtype) if state is None else state
 
         def flat(leaf, axis):  # the heads that share an input stay neighbours
             leaf = jnp.swapaxes(leaf, axis, axis + 1)
@@ -125,7 +129,7 @@ class MixtureOfMemories(MemoryCell):
             self.inner,
             jax.tree.map(lambda a: flat(a, 0), params),
             jax.tree.map(lambda a: flat(a, 2), self.inner.inputs(*xs[:-1])),
-            state=None if state is None else jax.tree.map(lambda a: flat(a, 1), state),
+            state=jax.tree.map(lambda a: flat(a, 1), state),
             reset=reset,
             write=flat(written, 2),
             implementation=self.implementation,
@@ -135,14 +139,14 @@ class MixtureOfMemories(MemoryCell):
 
 
 # What memories share of the inner mixer, by the names of its layers or parameters.
-SHARED = {"query", "short_convolution", "A_log", "dt_bias", "output", "output_norm", "output_gate"}
+SHARED = ("query", "short_convolution", "A_log", "dt_bias", "output", "output_norm", "output_gate")
 
 
-def part(params: PyTree, shared: bool) -> PyTree:
-    """Those parameters of a mixer that memories share, or those that they do not."""
+def part(params: PyTree, names: Sequence[str], named: bool) -> PyTree:
+    """Those parameters of a mixer on whose path one of `names` stands, or the others."""
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
-        {path: leaf for path, leaf in flat.items() if bool(SHARED & set(path)) == shared}
+        {path: leaf for path, leaf in flat.items() if bool(set(names) & set(path)) == named}
     )
 
 
@@ -169,7 +173,11 @@ class MixtureOfMemoriesMixer(Mixer):
     balance: weight of the load-balancing loss, which the trainer adds to its own: sum_e f_e p_e
     times their number, with f_e how often memory e is chosen by a token (k in all) and p_e its mean
     probability; k when the load is even (Fedus et al. 2021, arXiv 2101.03961, Eq. 4). It is summed
-    over layers; the paper's code takes the two means over all layers together.
+    over layers; the paper's code takes the two means over all layers together. With
+    config.accumulate it is that of each piece of the batch.
+
+    What the inner layer puts beside its memory's answers (a gate, Mamba-2's D x) is computed once,
+    from the shared memory's inputs; without a shared memory such layers are refused.
     """
 
     reports_loss = True
@@ -196,6 +204,11 @@ class MixtureOfMemoriesMixer(Mixer):
                 f"{self.top}"
             )
         inner = self.template
+        if inner.beside and not self.shared:
+            raise ValueError(
+                f"mixture_of_memories: {type(inner).__name__} puts {', '.join(inner.beside)} "
+                "beside its memory's answers; set shared=True"
+            )
         return MixtureOfMemories(inner.make_cell(), self.number, inner.implementation)
 
     @property
@@ -205,34 +218,38 @@ class MixtureOfMemoriesMixer(Mixer):
 
     def setup(self):
         self.cell = self.make_cell()
-        self.router = Dense((self.routed,), (None,), std=self.std)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        self.router = Dense((self.routed,), (None,), std=self.std, dtype=wide)
 
     @nn.compact
     def inputs(self, x, state, ctx):
         inner = self.template
+        names = (*SHARED, *inner.beside)
 
-        def init(key):
-            return inner.init(key, x, None, ctx)["params"]
+        def init(key):  # one token is enough
+            one = jax.tree.map(lambda a: a[:, :1] if jnp.ndim(a) > 1 else a, ctx)
+            return inner.init(key, x[:, :1], None, one)["params"]
 
         def init_own(key):
             every = jax.vmap(init)(jax.random.split(key, self.number))
-            return meta.add_axis(part(every, False), 0, {nn.PARTITION_NAME: None})
+            return meta.add_axis(part(every, names, False), 0, {nn.PARTITION_NAME: None})
 
-        shared = self.param("shared", lambda key: part(init(key), True))
+        shared = self.param("shared", lambda key: part(init(key), names, True))
         own = self.param("memories", init_own)
         gates, loss = self.route(x, ctx)
 
         def one(own, gate, state):
             written = gate > 0 if ctx.write is None else (gate > 0) & ctx.write
-            given = {"params": merge(shared, own)}, x, state, ctx.replace(write=written)
-            return inner.apply(*given, method="inputs")
+            params = {"params": merge(shared, own)}
+            given = x, state, ctx.replace(write=written)
+            xs, kept, new = inner.apply(params, *given, method="inputs")
+            return xs, kept, new, inner.apply(params, kept, method="weights")
 
         carried = {name: leaf for name, leaf in state.items() if name != "memory"}
-        every = jax.vmap(one, in_axes=(0, 2, 1), out_axes=(3, 0, 1))
-        xs, kept, new = every(own, gates, carried)
+        every = jax.vmap(one, in_axes=(0, 2, 1), out_axes=(3, 0, 1, 1))
+        xs, kept, new, memory = every(own, gates, carried)
         which = self.number - 1 if self.shared else 0
         kept, params = jax.tree.map(lambda a: a[which], (kept, own))
-        memory = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), own.get("memory", {}))
         xs = self.cell.inputs(*xs, gates[:, :, None])
         return xs, Kept(kept, merge(shared, params), memory, loss), new
 
@@ -245,8 +262,11 @@ class MixtureOfMemoriesMixer(Mixer):
         gates = p * chosen / jnp.sum(p * chosen, axis=-1, keepdims=True)
         if self.shared:
             gates = jnp.concatenate([gates, jnp.ones_like(gates[..., :1])], axis=-1)
-        written = True if ctx.write is None else ctx.write[..., None]
-        often, mean = (jnp.mean(a, axis=(0, 1), where=written) for a in (chosen, p))
+        written = jnp.ones(x.shape[:2], bool) if ctx.write is None else ctx.write
+        number = jnp.maximum(jnp.sum(written), 1)
+        often, mean = (
+            jnp.sum(jnp.where(written[..., None], a, 0), axis=(0, 1)) / number for a in (chosen, p)
+        )
         return gates, self.routed * jnp.sum(often * mean)
 
     def weights(self, kept):
