@@ -6,6 +6,7 @@ H  memories ("heads") of a layer   G  queries that share one memory (grouped-que
 N  chunks of a sequence            C  tokens in a chunk
 D  width of the model              W  slots of a window
 M  micro-steps of a token               c  pairs that one step learns from
+m  memories behind a router             P  channels of what stands for a segment of tokens
 
 `h` in a leaf of a cell's inputs is a number of heads that divides H (see `memjax.run`).
 A trailing `...` stands for the axes of one token of one head. Decays are natural logarithms, <= 0.

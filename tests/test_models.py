@@ -20,7 +20,7 @@ BORDER = 5  # where the plain tests split; the parts are alike and share their c
 
 
 # One of each kind of state: convolutions, token shifts, rings, matrices, frozen chunks, windows.
-EVERY = (*models.COMBINED, "mamba2", "attention", "omega_net")
+EVERY = ("scanned", "rwkv7_channel", "mamba2", "attention", "omega_net")
 
 
 def each(*names, every=models.FAST):

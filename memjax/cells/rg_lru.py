@@ -117,10 +117,11 @@ class RGLRU(MemoryCell):
 class RGLRUMixer(Mixer):
     """Griffin's recurrent block: u = convolution(W_x x) + bias, out = W_o (h * gelu(W_y x)).
 
-    r, i = sigmoid(W u + b), W block-diagonal with a block for each head; g = -8 r softplus(Lambda),
-    where Lambda starts so that a^(1/8) is spread over [0.9, 0.999] at r = 1 (the authors' code).
-    width: channels of the recurrence, None for dim. heads: of width / heads channels.
-    convolution: its width, 0 for none.
+    r, i = sigmoid(W u + b), W block-diagonal with a block for each head, of standard deviation
+    1 / sqrt(its size) at the start, whatever `std` says; g = -8 r softplus(Lambda), where Lambda
+    starts so that a^(1/8) is spread over [0.9, 0.999] at r = 1 (the authors' code). width: channels
+    of the recurrence, None for dim. heads: of width / heads channels. convolution: its width, 0 for
+    none.
     """
 
     beside = ("gate",)
@@ -157,7 +158,7 @@ class RGLRUMixer(Mixer):
         self.output = Dense((self.dim,), ("embed",), axes, std=std, dtype=self.dtype)
 
         def decay(key):
-            square = jax.random.uniform(key, shape, minval=0.9**2, maxval=0.999**2)
+            square = jax.random.uniform(key, shape, jnp.float32, 0.9**2, 0.999**2)
             return jnp.log(square**-0.5 - 1)
 
         self.decay = self.param("Lambda", nn.with_logical_partitioning(decay, axes))
