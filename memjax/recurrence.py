@@ -11,6 +11,9 @@ from jax import lax
 
 from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree, Shaped
 
+# Products that touch states and decays; jax's default is narrower on accelerators.
+dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
 
 def accumulator_dtype(*trees: PyTree) -> DTypeLike:
     """float64 when a leaf is float64, otherwise float32: the dtype of states and decays."""

@@ -32,10 +32,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.cells._matrix import dot
 from memjax.recurrence import (
     Phases,
     accumulator_dtype,
+    dot,
     from_chunks,
     per_head,
     phase_split,

@@ -22,7 +22,6 @@ transform). The corrections R are the rows that the delta rule or DPLR adds:
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -32,6 +31,7 @@ from jax import lax
 from memjax.cell import MemoryCell
 from memjax.recurrence import (
     accumulator_dtype,
+    dot,
     from_chunks,
     per_head,
     power_of_two_at_least,
@@ -40,8 +40,6 @@ from memjax.recurrence import (
     to_chunks,
 )
 from memjax.typing import Array, Bool, Float, PyTree
-
-dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class Terms(NamedTuple):

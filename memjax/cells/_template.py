@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from memjax.cell import MemoryCell
-from memjax.cells._matrix import dot
 from memjax.nn.layers import Dense, widen
 from memjax.nn.mixer import ProjectionMixer
+from memjax.recurrence import dot
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field, Float
 

@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 
 from memjax.cells._gradient import GradientMemory, Terms
-from memjax.cells._matrix import dot
 from memjax.nn.layers import Dense, Gate, widen
 from memjax.nn.mixer import ProjectionMixer
+from memjax.recurrence import dot
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field, Float
 

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.cells._matrix import dot
 from memjax.nn.layers import Dense, rotary
 from memjax.nn.mixer import Mixer
 from memjax.recurrence import (
     accumulator_dtype,
+    dot,
     from_chunks,
     per_head,
     promote,

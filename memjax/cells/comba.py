@@ -17,8 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memjax.cells._matrix import MatrixMemory, dot
+from memjax.cells._matrix import MatrixMemory
 from memjax.cells.gated_delta_net import GatedDeltaNetMixer
+from memjax.recurrence import dot
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field
 

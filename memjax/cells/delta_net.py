@@ -15,9 +15,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.cells._matrix import MatrixMemory, dot
+from memjax.cells._matrix import MatrixMemory
 from memjax.nn.layers import Dense, widen
 from memjax.nn.mixer import ProjectionMixer
+from memjax.recurrence import dot
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field
 

@@ -14,8 +14,9 @@ from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 
-from memjax.cells._matrix import MatrixMemory, Terms, dot
+from memjax.cells._matrix import MatrixMemory, Terms
 from memjax.cells.gated_delta_net import GatedDeltaNetMixer
+from memjax.recurrence import dot
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field
 

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.cells._matrix import decay_to_end, decays, dot
+from memjax.cells._matrix import decay_to_end, decays
 from memjax.cells.delta_net import DeltaNetMixer
 from memjax.nn.layers import Gate, LogDecay
 from memjax.recurrence import (
     accumulator_dtype,
+    dot,
     from_chunks,
     per_head,
     power_of_two_at_least,

@@ -13,9 +13,10 @@ from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 
-from memjax.cells._matrix import MatrixMemory, dot
+from memjax.cells._matrix import MatrixMemory
 from memjax.cells.delta_net import DeltaNetMixer
 from memjax.nn.layers import LogDecay
+from memjax.recurrence import dot
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field
 

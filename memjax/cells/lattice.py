@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.cells._matrix import dot
 from memjax.nn.layers import Gate, widen
 from memjax.nn.mixer import ProjectionMixer
 from memjax.recurrence import (
     accumulator_dtype,
+    dot,
     from_chunks,
     per_head,
     phase_split,

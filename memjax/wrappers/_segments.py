@@ -5,7 +5,6 @@ the memories at the ends of segments (`Entries`); then all tokens read those tha
 `cell` is the `MemoryCaching` of the file beside this one.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from jax import lax
 from memjax.cell import initial_state, run
 from memjax.recurrence import (
     accumulator_dtype,
+    dot,
     from_chunks,
     memories,
     per_head,
@@ -25,8 +25,6 @@ from memjax.recurrence import (
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
 BLOCK = 64  # queries that are answered together by one memory
-
-dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def scores(pairs: str, u: Array, keys: Array) -> Array:

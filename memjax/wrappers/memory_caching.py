@@ -39,11 +39,11 @@ from jax import lax
 
 from memjax.cell import MemoryCell, contains
 from memjax.nn.layers import Dense
-from memjax.nn.mixer import Mixer
-from memjax.recurrence import select
+from memjax.recurrence import dot, select
 from memjax.registry import CellSpec, get, register
 from memjax.typing import Array, Bool, Field, Int, fields
-from memjax.wrappers._segments import Caches, chunked, dot, scores
+from memjax.wrappers._mixer import WrapperMixer
+from memjax.wrappers._segments import Caches, chunked, scores
 
 MODES = ("residual", "grm", "soup", "ssc")
 STARTS = ("checkpoint", "independent")
@@ -264,22 +264,16 @@ class MemoryCaching(MemoryCell):
         return chunked(self, params, state, xs, reset, write)
 
 
-class MemoryCachingMixer(Mixer):
+class MemoryCachingMixer(WrapperMixer):
     """Any mixer with its memory cached; u = W_u x. The options are those of the cell; the inner
     form is the inner mixer's `implementation`."""
 
-    inner: tuple[Any, ...] = ()
     mode: str = "grm"
     segment: int = 256
     slots: int = 16
     top: int = 2
     start: str | None = None
     segmentation: str = "constant"
-
-    @property
-    def template(self) -> Mixer:
-        """The inner mixer, without parameters."""
-        return self.inner[0](parent=None)
 
     @property
     def beside(self):  # type: ignore[override]
@@ -303,10 +297,6 @@ class MemoryCachingMixer(Mixer):
         if self.mode != "residual":
             shape = self.memories, self.cell.axis("P")
             self.ask = Dense(shape, ("heads", None), std=self.std, dtype=self.dtype)
-
-    @property
-    def memories(self):
-        return self.template.memories
 
     def inputs(self, x, state, ctx):
         xs, kept, new = self.wrapped.inputs(x, state, ctx)

@@ -26,12 +26,10 @@ from jax import lax
 
 from memjax.cell import MemoryCell, contains, initial_state, run
 from memjax.nn.layers import Context, Dense, widen
-from memjax.nn.mixer import Mixer
-from memjax.recurrence import accumulator_dtype, memories, promote, select
+from memjax.recurrence import accumulator_dtype, dot, memories, promote, select
 from memjax.registry import CellSpec, get, register
 from memjax.typing import Array, Field, Float, PyTree, fields
-
-dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+from memjax.wrappers._mixer import WrapperMixer
 
 
 @functools.cache
@@ -166,7 +164,7 @@ class Kept(NamedTuple):
     loss: Float[Array, ""]
 
 
-class MixtureOfMemoriesMixer(Mixer):
+class MixtureOfMemoriesMixer(WrapperMixer):
     """Any mixer with several memories behind a router.
 
     routed: memories that the router chooses from. top: k. shared: one more memory for all tokens.
@@ -182,20 +180,10 @@ class MixtureOfMemoriesMixer(Mixer):
 
     reports_loss = True
 
-    inner: tuple[Any, ...] = ()
     routed: int = 4
     top: int = 2
     shared: bool = True
     balance: float = 0.01
-
-    @property
-    def template(self) -> Mixer:
-        """The inner mixer, without parameters."""
-        return self.inner[0](parent=None)
-
-    @property
-    def memories(self):
-        return self.template.memories
 
     def make_cell(self):
         if not 1 <= self.top <= self.routed:
