@@ -158,7 +158,7 @@ def problem(
 ) -> Given:
     """Inputs, with a state that is reachable and with resets and writes when asked for."""
     rng = np.random.default_rng(seed)
-    params = to_numpy(case.cell.init_params(jax.random.key(seed), heads))
+    params = to_numpy(_init_params(case.cell, jax.random.key(seed), heads))
     given = Given(params, draw(case, rng, length, heads, scenario))
     if state:
         prefix = Given(params, draw(case, rng, 11, heads), write=rng.random((BATCH, 11)) < 0.8)
@@ -191,36 +191,80 @@ def values(cell: MemoryCell, form: str | None, given: Given):
     return to_numpy(_values(cell, form, given))
 
 
-# XLA's optimisations take half of the compile time. They are left out of the float64 references,
-# and of what only runs forward; the float32 and bfloat16 gradients are compiled as models are.
+# XLA's optimisations take half of the compile time. They are left out but where a test asks for
+# gradients that are compiled as those of models are.
 PLAIN = {"xla_backend_optimization_level": 0}
 _values = jax.jit(apply, static_argnums=(0, 1), compiler_options=PLAIN)
+_init_params = jax.jit(
+    lambda cell, key, heads: cell.init_params(key, heads),
+    static_argnums=(0, 2),
+    compiler_options=PLAIN,
+)
 
 
-def evaluate(cell: MemoryCell, form: str, given: Given, dtype: Any = None) -> dict:
+def evaluate(
+    cell: MemoryCell,
+    form: str,
+    given: Given,
+    dtype: Any = None,
+    optimised: bool = False,
+    length: int | None = None,
+) -> dict:
     """Name -> array for y, each leaf of the final state, and the gradients of all inputs.
 
-    dtype: what the floating leaves are cast to; None leaves them.
+    dtype: what the floating leaves are cast to; None leaves them. optimised, length: as in
+    `slopes`.
     """
     given = given if dtype is None else cast(given, dtype)
-    out, _, gradients = slopes(cell, form, given)
+    out, _, gradients = slopes(cell, form, given, optimised, length)
     return named(out) | {f"gradient of {name}": leaf for name, leaf in gradients.items()}
 
 
-def slopes(cell: MemoryCell, form: str, given: Given) -> tuple[Any, dict, dict]:
+def scanned(cell: MemoryCell, given: Given, dtype: Any = None) -> dict:
+    """What `evaluate` gives for `scan`. One compilation serves many lengths, with and without
+    masks: masks are explicit, and tokens that are not written follow up to the longest of
+    `lengths`."""
+    batch, length = jax.tree.leaves(given.xs)[0].shape[:2]
+    more = max(0, lengths(cell)[-1] - length)
+    reset = np.zeros((batch, length), bool) if given.reset is None else given.reset
+    write = np.ones((batch, length), bool) if given.write is None else given.write
+    whole = given._replace(
+        xs=jax.tree.map(partial(longer, more=more, mode="edge"), given.xs),
+        reset=longer(reset, more),
+        write=longer(write, more),
+    )
+    found = evaluate(cell, "scan", whole, dtype, length=length)
+    tokens = ("[0]", "gradient of .xs")
+    return {n: a[:, :length] if n.startswith(tokens) else a for n, a in found.items()}
+
+
+def longer(leaf: np.ndarray, more: int, mode: Any = "constant") -> np.ndarray:
+    """A leaf [B, T, ...] with `more` tokens behind it: zeros, or with mode "edge" the last one."""
+    return np.pad(leaf, [(0, 0), (0, more), *[(0, 0)] * (leaf.ndim - 2)], mode=mode)
+
+
+def slopes(
+    cell: MemoryCell,
+    form: str,
+    given: Given,
+    optimised: bool = False,
+    length: int | None = None,
+) -> tuple[Any, dict, dict]:
     """(y, state), the cotangents c of their floating leaves, and the gradients of <c, (y, state)>.
 
-    The cotangents are normal, the same for equal shapes, and representable in bfloat16.
+    The cotangents are normal, the same for equal shapes, and representable in bfloat16; those of
+    answers behind the first `length` tokens are zero. optimised: compiled as models are.
     """
     wide = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(given))
     rng = np.random.default_rng(1)
     with x64(wide):
-        shapes = jax.eval_shape(partial(apply, cell, form), given)
-        cotangents = {
-            name: rng.normal(size=leaf.shape).astype(jnp.bfloat16).astype(np.float32)
-            for name, leaf in floating(shapes).items()
-        }
-        compiled = _exact_gradients if wide else _gradients
+        cotangents = {}
+        for name, leaf in floating(_values.eval_shape(cell, form, given)).items():
+            more = 0 if name != "[0]" or length is None else leaf.shape[1] - length
+            shape = leaf.shape if not more else (leaf.shape[0], length, *leaf.shape[2:])
+            drawn = rng.normal(size=shape).astype(jnp.bfloat16).astype(np.float32)
+            cotangents[name] = longer(drawn, more) if more else drawn
+        compiled = _optimised if optimised else _gradients
         out, gradients = to_numpy(compiled(cell, form, given, list(cotangents.values())))
     return out, cotangents, dict(zip(floating(given), gradients, strict=True))
 
@@ -239,8 +283,8 @@ def _differentiate(cell, form, given, cotangents):
     return out, gradients
 
 
-_gradients = jax.jit(_differentiate, static_argnums=(0, 1))
-_exact_gradients = jax.jit(_differentiate, static_argnums=(0, 1), compiler_options=PLAIN)
+_gradients = jax.jit(_differentiate, static_argnums=(0, 1), compiler_options=PLAIN)
+_optimised = jax.jit(_differentiate, static_argnums=(0, 1))
 
 
 def reference(cell: MemoryCell, given: Given):

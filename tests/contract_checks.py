@@ -14,22 +14,28 @@ from contract import Case, Given, tokens
 import memjax
 
 
-def check_forms(case: Case, form: str, given: Given, rounded_products: bool = False) -> None:
+def check_forms(
+    case: Case,
+    form: str,
+    given: Given,
+    rounded_products: bool = False,
+    optimised: bool = False,
+) -> None:
     """Values, final state and all gradients in float32 against float64.
 
     The float64 values are those of a plain loop over tokens; the float64 gradients are those of
     `scan`, whose values must equal the loop's. rounded_products: also allow what rounding k.k
-    does to the float64 result.
+    does to the float64 result. optimised: the form is compiled as models are.
     """
-    exact = contract.evaluate(case.cell, "scan", given, np.float64)
+    exact = contract.scanned(case.cell, given, np.float64)
     loop = contract.named(contract.reference(case.cell, given))
     for name in loop:
         assert contract.distance(exact[name], loop[name]) < 1e-12, f"scan differs in {name}"
-    own = contract.evaluate(case.cell, "scan", given)
-    value = own if form == "scan" else contract.evaluate(case.cell, form, given)
+    own = contract.scanned(case.cell, given)
+    value = contract.evaluate(case.cell, form, given, optimised=optimised)
     allowed = dict.fromkeys(exact, 0.0)
     if rounded_products:
-        moved = contract.evaluate(case.cell, "scan", _longer_keys(case, given), np.float64)
+        moved = contract.scanned(case.cell, _longer_keys(case, given), np.float64)
         allowed = {name: contract.distance(moved[name], exact[name]) for name in exact}
     contract.assert_close(value, own, exact, f"{case.name}, {form}", allowed)
 
