@@ -153,6 +153,8 @@ def run(
       NotImplementedError: no form that was asked for serves this cell; all reasons are given.
     """
     length = _check(cell, params, xs, state, reset, write)
+    # Custom gradients refuse numpy's arrays under `jax.checkpoint`.
+    given = jax.tree.map(jnp.asarray, (params, state, xs, reset, write))
     if implementation is None:
         implementation = cell.preferred(length, differentiate)
     if isinstance(implementation, str):
@@ -162,7 +164,7 @@ def run(
         if form not in FORMS:
             raise ValueError(f"implementation {form!r}: allowed are {', '.join(FORMS)}, or None")
         try:
-            return getattr(cell, form)(params, state, xs, reset, write)
+            return getattr(cell, form)(*given)
         except NotImplementedError as reason:
             reasons.append(f"{form}: {reason}")
     raise NotImplementedError("; ".join(reasons))

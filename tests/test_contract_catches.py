@@ -141,8 +141,10 @@ def test_inverse_by_powers_is_caught(monkeypatch):
 
     case = gated(ByPowers, chunk=64)
     given = plain(case, "equal", 64)
-    given = given._replace(xs=given.xs._replace(g=np.zeros_like(given.xs.g)))
-    checks.check_forms(case._replace(cell=GatedDeltaNet(8, 6, chunk=64)), "chunked", given)
+    ones = np.ones_like(given.xs.g)  # beta = 2 is ill-conditioned in the right form too
+    given = given._replace(xs=given.xs._replace(g=0 * ones, beta=ones))
+    right = case._replace(cell=GatedDeltaNet(8, 6, chunk=64))
+    checks.check_forms(right, "chunked", given)
     monkeypatch.setattr(_matrix, "unit_lower_inverse", powers)
     with pytest.raises(AssertionError):
         checks.check_forms(case, "chunked", given)

@@ -174,12 +174,10 @@ def test_the_trainer_adds_the_load_balancing_loss():
     def step(options):
         config = ModelConfig(11, D, layers, mlp=0.0, mixers=options)
         model, descent = LanguageModel(config), optax.sgd(1.0)
-        params = jax.jit(lambda key: nn.unbox(train_step.init_params(model, key)))(
-            jax.random.key(0)
-        )
+        params = jit(lambda key: nn.unbox(train_step.init_params(model, key)))(jax.random.key(0))
         update = train_step.make_train_step(model, descent, lambda _: 1.0)
         state = train_step.TrainState(jnp.zeros((), jnp.int32), params, descent.init(params))
-        new, metrics = jax.jit(update)(state, batch)
+        new, metrics = jit(update)(state, batch)
         return model, params, metrics, np.asarray(router(params) - router(new.params))
 
     model, params, metrics, change = step(options)
@@ -191,5 +189,5 @@ def test_the_trainer_adds_the_load_balancing_loss():
     def balance(params):
         return train_step.score(model, params, batch, None).auxiliary
 
-    slope = router(jax.jit(jax.grad(balance))(params))
+    slope = router(jit(jax.grad(balance))(params))
     assert distance(change - still, np.asarray(slope)) < 1e-4

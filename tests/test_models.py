@@ -1,8 +1,8 @@
 """Whole models over every registered mixer: decoding, splitting, documents, padding, causality.
 
 The bound is the contract's: max(1e-5, 3 x the float32 forward pass's own distance from float64).
-Plain tests take each cell alone and `models.COMBINED`, or one of each kind of state (`EVERY`); the
-others are marked slow, and so is the product of cells and layers (decoding, causality and bits).
+Plain tests take one of each kind of state (`EVERY`); the other cells and combinations are marked
+slow, and so is the product of cells and layers (decoding, causality and bits).
 """
 
 import contract
@@ -45,7 +45,7 @@ def decode(name, tokens, state):
     return np.concatenate(logits, axis=1), state
 
 
-@each(*models.CELLS, "scanned", "nested", every=models.ALL)
+@each(*EVERY, every=models.ALL)
 def test_prefill_and_decode_equal_the_forward_pass(name):
     tokens = models.text()
     head, state = models.apply(name, tokens[:, :BORDER])
@@ -162,7 +162,7 @@ def test_initial_state_equals_none(name):
     models.assert_close(name, out, given, "no state and no masks")
 
 
-@each(*models.CELLS, "sequential")
+@each(*EVERY)
 def test_causality(name):
     """The gradient of each token's logits with respect to each embedding, tokens all different."""
     shell = LanguageModel(models.config(name, tie=False))

@@ -1,4 +1,4 @@
-"""RG-LRU: what its paper promises of the recurrence and of the layer's start, and `running`."""
+"""RG-LRU: what its paper promises of the recurrence and of the layer's start; `linear_scan`."""
 
 import contract
 import jax
@@ -9,7 +9,7 @@ from contract import distance
 
 import memjax
 from memjax.cells.rg_lru import RGLRU, Inputs, RGLRUMixer
-from memjax.recurrence import running
+from memjax.recurrence import linear_scan, running
 
 FORMS = ("scan", "chunked")
 
@@ -61,18 +61,50 @@ def test_decays_start_between_the_authors_limits():
     assert distance(np.exp(np.asarray(g[0, 0])), first**4) < 1e-6  # r = 1/2
 
 
-@pytest.mark.parametrize(("length", "size"), [(1, None), (7, None), (16, None), (23, 5), (4, 9)])
+SIZES = [(1, None), (7, None), (16, 4), (23, 5), (4, 9)]
+
+
+@pytest.mark.parametrize(("length", "size"), SIZES)
 def test_running_is_a_loop(length, size):
     """Of matrices, whose product does not commute."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(length, 3, 2, 2)).astype(np.float32)
     first = rng.normal(size=(3, 2, 2)).astype(np.float32)
 
-    def then(earlier, later):
+    def after(earlier, later):
         return jnp.einsum("...ij,...jk->...ik", later, earlier)
 
     expected, product = [], np.float64(first)
     for row in rows:
         product = np.float64(row) @ product
         expected.append(product)
-    assert distance(np.asarray(running(then, first, rows, size)), np.stack(expected)) < 1e-5
+    assert distance(running(after, after, first, rows, size), np.stack(expected)) < 1e-5
+
+
+@pytest.mark.parametrize(("length", "size"), SIZES)
+def test_linear_scan_and_its_slopes(length, size):
+    """Against autodiff of a plain scan in float64, decays of 0 and 1 among them."""
+    rng = np.random.default_rng(0)
+    decay = rng.choice([0.0, 0.5, 0.9, 1.0], size=(length, 3))
+    added, first, weights = (rng.normal(size=s) for s in ((length, 3), (3,), (length, 3)))
+
+    def plain(decay, added, first):
+        def step(h, x):
+            h = x[0] * h + x[1]
+            return h, h
+
+        return jax.lax.scan(step, first, (decay, added))[1]
+
+    def fast(decay, added, first):
+        return linear_scan(decay, added, first, size)
+
+    def slopes(form, *given):
+        return jax.grad(lambda *given: jnp.sum(weights * form(*given)), (0, 1, 2))(*given)
+
+    given = decay, added, first
+    with contract.x64(True):
+        value, expected = (
+            (f(*given), *jax.jit(slopes, static_argnums=0)(f, *given)) for f in (fast, plain)
+        )
+        for a, b in zip(value, expected, strict=True):
+            assert distance(a, b) < 1e-12

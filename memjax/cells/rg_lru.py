@@ -19,7 +19,7 @@ from jax import lax
 from memjax.cell import MemoryCell
 from memjax.nn.layers import Dense, ShortConvolution, normal, widen
 from memjax.nn.mixer import Mixer, convolve
-from memjax.recurrence import accumulator_dtype, per_head, promote, running, select
+from memjax.recurrence import accumulator_dtype, linear_scan, per_head, promote, select
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field, Float
 
@@ -57,15 +57,17 @@ def share(g: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @dataclasses.dataclass(frozen=True)
 class RGLRU(MemoryCell):
-    """value_dim: V, the channels of one memory."""
+    """value_dim: V, the channels of one memory. chunk: tokens in a chunk of the chunked form, None
+    for what `running` takes; changes speed only."""
 
     inputs = Inputs
 
     value_dim: int
+    chunk: int | None = None
 
     def __post_init__(self):
-        if self.value_dim < 1:
-            raise ValueError(f"RGLRU: value_dim must be at least 1; given {self}")
+        if self.value_dim < 1 or (self.chunk is not None and self.chunk < 1):
+            raise ValueError(f"RGLRU: value_dim and chunk must be at least 1; given {self}")
 
     @property
     def linear(self) -> bool:
@@ -89,7 +91,7 @@ class RGLRU(MemoryCell):
 
     @per_head
     def chunked(self, params, state, xs, reset, write):
-        """All chunks at once, by the associative law of h -> a h + b."""
+        """`linear_scan` of h -> a h + b."""
         dtype, output = accumulator_dtype(state, xs), xs.x.dtype
         xs, length = promote(xs, dtype), xs.x.shape[0]
         state = self.fresh(params, dtype) if state is None else state
@@ -105,11 +107,7 @@ class RGLRU(MemoryCell):
         if reset is not None:
             decay = jnp.where(reset[:, None], 0, decay)
 
-        def then(earlier, later):
-            (a, b), (c, d) = earlier, later
-            return a * c, c * b + d
-
-        _, h = running(then, (jnp.ones_like(state.h), state.h), (decay, added))
+        h = linear_scan(decay, added, state.h, self.chunk)
         final = Level(h[-1], (number > origin)[-1].astype(jnp.int32))
         return h.astype(output), final
 

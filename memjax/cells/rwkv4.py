@@ -11,11 +11,13 @@ between the smallest and the largest value.
 """
 
 import dataclasses
+import functools
 from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from memjax.cell import MemoryCell
 from memjax.nn.layers import (
@@ -27,9 +29,16 @@ from memjax.nn.layers import (
     widen,
 )
 from memjax.nn.mixer import Mixer
-from memjax.recurrence import accumulator_dtype, per_head, promote, running, select
+from memjax.recurrence import (
+    accumulator_dtype,
+    linear_scan,
+    per_head,
+    promote,
+    running,
+    select,
+)
 from memjax.registry import CellSpec, ChannelSpec, register
-from memjax.typing import Array, DTypeLike, Field, Float, PyTree
+from memjax.typing import Array, Bool, DTypeLike, Field, Float, PyTree
 
 EMPTY = -1e38  # the exponent of nothing; -inf - (-inf) would be NaN
 
@@ -68,10 +77,51 @@ def average(sums: Sums) -> Float[Array, " V"]:
     return sums.p / jnp.where(sums.q == 0, 1, sums.q)
 
 
+def shifted(first: Float[Array, "..."], after: Float[Array, "T ..."]) -> Float[Array, "T ..."]:
+    """What stands in front of each token, from what stands behind it."""
+    return jnp.concatenate([first[None], after[:-1]])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def exponents(
+    w: Float[Array, "T V"],
+    k: Float[Array, "T V"],
+    first: Float[Array, " V"],
+    written: Bool[Array, " T"],
+    size: int | None,
+) -> Float[Array, "T V"]:
+    """o_t = max(o_{t-1} + w_t, k_t, EMPTY), w_t = -inf where a document begins. A token that is
+    not written has w_t = 0 (or -inf) and k_t = EMPTY. size: as in `running`."""
+
+    def join(earlier, later):
+        return earlier[0] + later[0], jnp.maximum(earlier[1] + later[0], later[1])
+
+    def step(o, element):
+        return jnp.maximum(jnp.maximum(o + element[0], EMPTY), element[1])
+
+    return running(join, step, first, (w, k), size)
+
+
+def _exponents_forward(w, k, first, written, size):
+    o = exponents(w, k, first, written, size)
+    faded = shifted(first, o) + w
+    stays = jnp.where(faded == k, 0.5, (faded > k) & (faded > EMPTY))  # `maximum` halves at ties
+    return o, jnp.where(written[:, None], stays, w == 0).astype(o.dtype)
+
+
+def _exponents_backward(size, stays, slope):
+    ahead = jnp.concatenate([stays[1:], jnp.zeros_like(stays[:1])])[::-1]
+    moved = linear_scan(ahead, slope[::-1], jnp.zeros_like(slope[0]), size)[::-1]
+    return stays * moved, (1 - stays) * moved, stays[0] * moved[0], None
+
+
+exponents.defvjp(_exponents_forward, _exponents_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class RWKV4(MemoryCell):
     """value_dim: V, the channels of one memory. chunk: tokens in a chunk of the chunked form, None
-    for about the root of their number; changes speed only."""
+    for what `running` takes; changes speed only."""
 
     inputs = Inputs
 
@@ -99,28 +149,33 @@ class RWKV4(MemoryCell):
 
     @per_head
     def chunked(self, params, state, xs, reset, write):
-        """All chunks at once, by the associative law of (sums, log decay, border of documents)."""
+        """First the exponents o of all tokens, then p and q as linear recurrences with decays
+        e^(w_t + o_{t-1} - o_t). Answers do not depend on o, which therefore needs a slope in the
+        final state only."""
         dtype, length = accumulator_dtype(state, xs), xs.v.shape[0]
         output, fresh, xs = xs.v.dtype, self.fresh(params, dtype), promote(xs, dtype)
         state = fresh if state is None else state
         written = jnp.ones(length, bool) if write is None else write
-        cut = jnp.zeros(length, bool) if reset is None else reset
-        own = Sums(xs.v, jnp.ones_like(xs.v), xs.k)
-        nothing = jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), fresh, own)
-        tokens, decay = select(written, (own, xs.w), (nothing, jnp.zeros_like(xs.w)))
-
-        def then(earlier, later):
-            (a, ga, cut_a), (b, gb, cut_b) = earlier, later
-            joined = add(fade(a, gb), b), jnp.maximum(ga + gb, EMPTY)
-            return *select(cut_b, (b, gb), joined), cut_a | cut_b
-
-        first = state, jnp.zeros_like(state.o), jnp.zeros((), bool)
-        after, _, _ = running(then, first, (tokens, decay, cut), self.chunk)
-        before = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), state, after)
-        before = select(cut, nothing, before)
-        y = average(add(before, own._replace(o=xs.u + xs.k)))
-        y = select(written, y, average(before))
-        return y.astype(output), jax.tree.map(lambda a: a[-1], after)
+        w, k = jnp.where(written[:, None], xs.w, 0), jnp.where(written[:, None], xs.k, EMPTY)
+        fading = w if reset is None else jnp.where(reset[:, None], -jnp.inf, w)
+        exact = exponents(fading, k, state.o, written, self.chunk)
+        o = lax.stop_gradient(exact)
+        before = shifted(state.o, o)
+        decay, weight = jnp.exp(fading + before - o), jnp.exp(k - o)
+        weight = jnp.where(written[:, None], weight, 0)
+        p = linear_scan(decay, weight * jnp.where(written[:, None], xs.v, 0), state.p, self.chunk)
+        q = linear_scan(decay, weight, state.q, self.chunk)
+        past = Sums(shifted(state.p, p), shifted(state.q, q), before)
+        if reset is not None:
+            past = select(reset, jax.tree.map(lambda a: a[None], fresh), past)
+        bonus = xs.u + xs.k
+        scale = lax.stop_gradient(jnp.maximum(past.o, bonus))  # of both sums, needs no slope either
+        old, new = jnp.exp(past.o - scale), jnp.exp(bonus - scale)
+        y = (old * past.p + new * xs.v) / (old * past.q + new)
+        if write is not None:
+            y = select(written, y, average(past))
+        factor = jnp.exp(o[-1] - exact[-1])  # 1, and the slope that p and q have through o
+        return y.astype(output), Sums(factor * p[-1], factor * q[-1], exact[-1])
 
 
 class RWKV4Mixer(Mixer):
