@@ -44,7 +44,7 @@ from memjax.typing import PyTree
 GATE = 256  # tokens on which a form is compared with scan
 STEPS = 20  # decoding steps in one timed call
 COLORS = [matplotlib.colormaps["tab20"](i) for i in range(20)]
-STYLES = ("o--", "o-", "s:", "^-.")
+STYLES = ("v--", "o-", "s:", "^-.")
 SHOWN = tuple(reversed(FORMS))
 
 
@@ -266,8 +266,9 @@ def measure(
     for peer in peers.of(spec.name) if others and records else ():
         records[peer.name] = dict.fromkeys(next(iter(records.values())))
         records[peer.name] |= {"cell": spec.name, "form": peer.name, **dataclasses.asdict(shape)}
-        records[peer.name]["distance_from_scan"] = check_peer(peer, cell, params, xs)
-        for key, call in zip(("forward_ms", "both_ms"), peer.calls(xs), strict=True):
+        given = peer.prepare(xs)
+        records[peer.name]["distance_from_scan"] = check_peer(peer, cell, params, given)
+        for key, call in zip(("forward_ms", "both_ms"), peer.calls(given), strict=True):
             calls[peer.name, key] = call
     for (form, key), seconds in time_in_turns(calls, repeats).items():
         records[form][key] = seconds * (1e6 / STEPS / shape.batch if key == "decode_us" else 1e3)

@@ -1,6 +1,6 @@
 """Other libraries' forms of the same recurrences, to be timed beside ours.
 
-    python -m memjax.benchmark --cells=gated_delta_net,attention --peers
+    python -m memjax.benchmark --cells=gated_delta_net,attention,rwkv4 --peers
 
 They need `pip install -e '.[peers]'` (torch, transformers) and run on torch's CPU or GPU.
 """
@@ -22,6 +22,7 @@ class Peer:
 
     name: what the table calls it. cell: the cell whose work it does.
     module, function: where it is. call: (function, inputs as tensors) -> answers, in our layout.
+    prepare: inputs -> inputs that the peer can take too; the work is the same.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Peer:
     module: str
     function: str
     call: Callable[[Callable, Any], Any]
+    prepare: Callable[[Any], Any] = lambda xs: xs
 
     def answers(self, xs: PyTree) -> np.ndarray:
         """y of the inputs, leaves [B, T, h, ...] in numpy."""
@@ -83,11 +85,30 @@ def _attention(function, xs):
     return function(q, k, v, is_causal=True).transpose(1, 2)[:, :, :, None]
 
 
+def _constant(xs):
+    """The decay and the bonus of the first token at all tokens."""
+    first = {name: np.asarray(getattr(xs, name))[:1, :1] for name in ("w", "u")}
+    return xs._replace(**{name: np.broadcast_to(a, xs.k.shape) for name, a in first.items()})
+
+
+def _wkv(function, xs):
+    w, u = (a[0, 0].flatten() for a in (xs.w, xs.u))
+    return function((-w).log(), u, xs.k.flatten(2), xs.v.flatten(2))[0].view(xs.v.shape)
+
+
 _QWEN = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 PEERS = (
     Peer(
         "transformers chunk", "gated_delta_net", _QWEN, "torch_chunk_gated_delta_rule", _delta_rule
+    ),
+    Peer(
+        "transformers loop",
+        "rwkv4",
+        "transformers.models.rwkv.modeling_rwkv",
+        "rwkv_linear_attention_cpu",
+        _wkv,
+        _constant,
     ),
     Peer(
         "torch sdpa",
