@@ -190,7 +190,7 @@ def linear_scan(
 ) -> Float[Array, "T ..."]:
     """h_t = decay_t h_{t-1} + added_t elementwise, h_0 = first; all h. size: as in `running`.
 
-    The gradient is the same recurrence, backwards.
+    The gradient is the same recurrence, backwards; `jax.jvp` does not go through it.
     """
 
     def join(earlier, later):
