@@ -202,15 +202,27 @@ def linear_scan(
     return running(join, step, first, (decay, added), size)
 
 
+def shifted(first: Float[Array, "..."], after: Float[Array, "T ..."]) -> Float[Array, "T ..."]:
+    """What stands in front of each token, from what stands behind it."""
+    return jnp.concatenate([first[None], after[:-1]])
+
+
+def reverse_scan(
+    decay: Float[Array, "T ..."], slope: Float[Array, "T ..."], size: int | None
+) -> Float[Array, "T ..."]:
+    """g_t = slope_t + decay_{t+1} g_{t+1}, from the end: `linear_scan`'s gradient of `added`."""
+    zero = jnp.zeros_like(slope[0])
+    return linear_scan(shifted(zero, decay[::-1]), slope[::-1], zero, size)[::-1]
+
+
 def _linear_scan_forward(decay, added, first, size):
     h = linear_scan(decay, added, first, size)
-    return h, (decay, jnp.concatenate([first[None], h[:-1]]))
+    return h, (decay, shifted(first, h))
 
 
 def _linear_scan_backward(size, kept, slope):
     decay, before = kept
-    back, ahead = slope[::-1], jnp.concatenate([jnp.zeros_like(decay[:1]), decay[:0:-1]])
-    added = linear_scan(ahead, back, jnp.zeros_like(back[0]), size)[::-1]
+    added = reverse_scan(decay, slope, size)
     return added * before, added, decay[0] * added[0]
 
 

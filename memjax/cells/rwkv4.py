@@ -34,8 +34,10 @@ from memjax.recurrence import (
     linear_scan,
     per_head,
     promote,
+    reverse_scan,
     running,
     select,
+    shifted,
 )
 from memjax.registry import CellSpec, ChannelSpec, register
 from memjax.typing import Array, Bool, DTypeLike, Field, Float, PyTree
@@ -77,11 +79,6 @@ def average(sums: Sums) -> Float[Array, " V"]:
     return sums.p / jnp.where(sums.q == 0, 1, sums.q)
 
 
-def shifted(first: Float[Array, "..."], after: Float[Array, "T ..."]) -> Float[Array, "T ..."]:
-    """What stands in front of each token, from what stands behind it."""
-    return jnp.concatenate([first[None], after[:-1]])
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def exponents(
     w: Float[Array, "T V"],
@@ -110,8 +107,7 @@ def _exponents_forward(w, k, first, written, size):
 
 
 def _exponents_backward(size, stays, slope):
-    ahead = jnp.concatenate([stays[1:], jnp.zeros_like(stays[:1])])[::-1]
-    moved = linear_scan(ahead, slope[::-1], jnp.zeros_like(slope[0]), size)[::-1]
+    moved = reverse_scan(stays, slope, size)
     return stays * moved, (1 - stays) * moved, stays[0] * moved[0], None
 
 
