@@ -7,10 +7,11 @@ For every cell, length and form: milliseconds of the forward pass and of forward
 decoding step per token of a batch row, seconds of compilation, peak temporary memory and
 floating-point operations (see `memjax.cost`) of forward and backward, and bytes of one sequence's
 state. A form whose values or gradients are further from `scan` than max(1e-5, 3 x scan's own
-distance from float64) is refused, on at most `GATE` tokens.
+distance from float64) is refused (on at most 256 tokens, see `memjax.workload`).
 
 `--out` also draws the times against the length. `--peers` runs the same work in other libraries
-(`pip install -e '.[peers]'`). `--record` keeps the order of the forms for `implementation=None`.
+(`pip install -e '.[peers]'`), whole layers of theirs beside ours among it. `--record` keeps the
+order of the forms for `implementation=None`.
 """
 
 import dataclasses
@@ -22,11 +23,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -35,151 +36,30 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import memjax
-from memjax import cells, cost, forms, inputs, peers
+from memjax import cells, cost, forms, peers
 from memjax.cell import FORMS, MemoryCell
 from memjax.config import UserError, exit_on_user_error, parse_flags, user_errors, write_text
+from memjax.nn.layers import Context
+from memjax.nn.stack import make_mixer
 from memjax.registry import CellSpec
 from memjax.typing import PyTree
+from memjax.workload import (
+    SHOWN,
+    STEPS,
+    Shape,
+    backward,
+    check,
+    distances,
+    forms_of,
+    forward,
+    problem,
+)
 
-GATE = 256  # tokens on which a form is compared with scan
-STEPS = 20  # decoding steps in one timed call
 COLORS = [matplotlib.colormaps["tab20"](i) for i in range(20)]
 STYLES = ("v--", "o-", "s:", "^-.")
-SHOWN = tuple(reversed(FORMS))
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """batch rows of length tokens; heads memories of dim x dim; window of sliding_window; chunk of
-    the chunked forms, 0 for the library's."""
-
-    batch: int = 1
-    length: int = 4096
-    heads: int = 4
-    dim: int = 64
-    window: int = 256
-    chunk: int = 0
-
-
-def make_cell(spec: CellSpec, shape: Shape) -> MemoryCell:
-    """The cell of a spec at the benchmark's sizes, with the library's chunk and block.
-
-    A cell that sees all tokens gets room for the sequence and for the decoded tokens.
-    """
-    return _sized(spec.cell(), shape, hasattr(spec.mixer, "capacity"))
-
-
-def _sized(cell: MemoryCell, shape: Shape, unbounded: bool) -> MemoryCell:
-    known = {field.name: field for field in dataclasses.fields(cell)}
-    usual = ("chunk", "block", "frozen_chunk", "context", "segment", "slots", "number")
-    changes: dict[str, Any] = {name: known[name].default for name in usual if name in known}
-    if "inner" in known:
-        changes["inner"] = _sized(vars(cell)["inner"], shape, unbounded)
-    changes |= {name: shape.dim for name in ("key_dim", "value_dim") if name in known}
-    if shape.chunk:
-        changes |= {name: shape.chunk for name in ("chunk", "block") if name in known}
-    if "window" in known:
-        changes["window"] = shape.length + STEPS if unbounded else shape.window
-    return dataclasses.replace(cell, **changes)
-
-
-def problem(spec: CellSpec, shape: Shape) -> tuple[MemoryCell, PyTree, PyTree]:
-    """(cell, its parameters, inputs), the same at every call."""
-    cell = make_cell(spec, shape)
-    params = jax.device_get(cell.init_params(jax.random.key(0), shape.heads))
-    rng = np.random.default_rng(0)
-    return cell, params, inputs.draw(cell, rng, shape.batch, shape.length, shape.heads)
-
-
-# ---------------------------------------------------------------- what is measured
-
-
-def forward(cell: MemoryCell, form: str | None, params: PyTree, xs: PyTree, state: PyTree = None):
-    """(y, state) of one form."""
-    return memjax.run(cell, params, xs, state=state, implementation=form)
-
-
-def backward(cell: MemoryCell, form: str, params: PyTree, xs: PyTree, cotangent):
-    """((y, state), gradients of <cotangent, y> and of the sum of the final state's squares)."""
-
-    def loss(weights, xs):
-        y, state = forward(cell, form, weights, xs)
-        floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
-        return jnp.sum(cotangent * y) + sum(0.5 * jnp.mean(a * a) for a in floats), (y, state)
-
-    (_, out), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, xs)
-    return out, gradients
-
-
-def forms_of(cell: MemoryCell, params: PyTree, xs: PyTree, wanted: Sequence[str]) -> list[str]:
-    """Those of `wanted` that serve this cell, `scan` first."""
-    serving = []
-    for form in (form for form in SHOWN if form in wanted):
-        try:
-            jax.eval_shape(functools.partial(forward, cell, form), params, xs)
-        except NotImplementedError:
-            continue
-        serving.append(form)
-    return serving
-
-
-# ---------------------------------------------------------------- the gate
-
-
-def distances(value: PyTree, exact: PyTree, share: float = 0.0) -> list[float]:
-    """Relative RMS distance of each leaf; infinite where a value is not finite.
-
-    share: of the largest leaf's RMS, by which each is measured at least. A gradient may be zero on
-    paper (of RWKV-4's bonus at a first token), where only rounding is left.
-    """
-    pairs = [
-        (np.asarray(a, np.float64), np.asarray(b, np.float64))
-        for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(exact), strict=True)
-    ]
-    sizes = [float(np.sqrt(np.mean(b * b))) for _, b in pairs]
-    floor, found = share * max(sizes, default=0.0), []
-    for (a, b), size in zip(pairs, sizes, strict=True):
-        difference = float(np.sqrt(np.mean((a - b) ** 2)))
-        far = difference / max(size, floor) if difference else 0.0
-        found.append(far if math.isfinite(far) else math.inf)
-    return found
-
-
-def distances_of_both(value: tuple, exact: tuple) -> list[float]:
-    """Those of ((y, state), gradients), the gradients' by 1 % of the largest at least."""
-    return distances(value[0], exact[0]) + distances(value[1], exact[1], 0.01)
-
-
-def check(spec: CellSpec, shape: Shape, forms: Sequence[str]) -> dict[str, float]:
-    """Distance of each form from `scan`, the worst over y, state and gradients.
-
-    Raises:
-      UserError: a form is further away than max(1e-5, 3 x scan's distance from float64).
-    """
-    shape = dataclasses.replace(shape, batch=1, length=min(shape.length, GATE))
-    cell, params, xs = problem(spec, shape)
-    answers = jax.eval_shape(functools.partial(forward, cell, "scan"), params, xs)[0]
-    cotangent = np.random.default_rng(1).normal(size=answers.shape).astype(np.float32)
-
-    def results(form, dtype):
-        given = jax.tree.map(lambda a: np.asarray(a, dtype), (params, xs, cotangent))
-        owner = jax if hasattr(jax, "enable_x64") else jax.experimental
-        with owner.enable_x64(dtype == np.float64):
-            return jax.device_get(jax.jit(functools.partial(backward, cell, form))(*given))
-
-    own, found = results("scan", np.float32), {}
-    bounds = [max(1e-5, 3 * d) for d in distances_of_both(own, results("scan", np.float64))]
-    for form in forms:
-        far = distances_of_both(own if form == "scan" else results(form, np.float32), own)
-        for distance, bound in zip(far, bounds, strict=True):
-            if distance > bound:
-                raise UserError(
-                    f"{spec.name}, {form}: relative distance {distance:.1e} from scan, allowed "
-                    f"{bound:.1e}; it is wrong and is not timed. Run the contract tests: "
-                    "python -m pytest tests/test_contract.py"
-                )
-        found[form] = max(far)
-    return found
+# ---------------------------------------------------------------- timing
 
 
 def check_peer(peer: peers.Peer, cell: MemoryCell, params: PyTree, xs: PyTree) -> float:
@@ -189,9 +69,6 @@ def check_peer(peer: peers.Peer, cell: MemoryCell, params: PyTree, xs: PyTree) -
     if far > 1e-4:
         raise UserError(f"{peer.name}: relative distance {far:.1e} from scan; it is not timed")
     return far
-
-
-# ---------------------------------------------------------------- timing
 
 
 def compile_(function: Callable, *arguments) -> tuple[Callable, float, int | None, int | None]:
@@ -263,16 +140,42 @@ def measure(
         skipped = "" if len(ready) == len(compiled) else "; too large to time, see --max_gib"
         say(f"{spec.name:<17} {form:<8} compiled in {sizes['both_ms'][0]:.1f} s{skipped}")
     calls |= decode_calls(cell, params, xs, serving)
-    for peer in peers.of(spec.name) if others and records else ():
-        records[peer.name] = dict.fromkeys(next(iter(records.values())))
-        records[peer.name] |= {"cell": spec.name, "form": peer.name, **dataclasses.asdict(shape)}
-        given = peer.prepare(xs)
-        records[peer.name]["distance_from_scan"] = check_peer(peer, cell, params, given)
-        for key, call in zip(("forward_ms", "both_ms"), peer.calls(given), strict=True):
-            calls[peer.name, key] = call
+    for name, work, far in other_work(cell, params, xs, spec, shape) if others and records else ():
+        records[name] = dict.fromkeys(next(iter(records.values())))
+        records[name] |= {"cell": spec.name, "form": name, "distance_from_scan": far}
+        records[name] |= dataclasses.asdict(shape)
+        calls |= {(name, "forward_ms"): work[0], (name, "both_ms"): work[1]}
     for (form, key), seconds in time_in_turns(calls, repeats).items():
         records[form][key] = seconds * (1e6 / STEPS / shape.batch if key == "decode_us" else 1e3)
     return with_ratios(list(records.values()))
+
+
+def other_work(
+    cell: MemoryCell, params: PyTree, xs: PyTree, spec: CellSpec, shape: Shape
+) -> Iterator[tuple[str, Sequence[Callable[[], Any]], float | None]]:
+    """(name, calls of the forward pass and of both passes, distance from `scan`) of each peer of a
+    cell; of each layer of theirs, and of ours beside it, without a distance."""
+    for peer in peers.of(spec.name):
+        given = peer.prepare(xs)
+        yield peer.name, peer.calls(given), check_peer(peer, cell, params, given)
+    for layer in peers.layers_of(spec.name):
+        width = shape.heads * shape.dim
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(shape.batch, shape.length, width)).astype(np.float32)
+        options = {layer.cell: {"heads": shape.heads, **layer.options}}
+        module = make_mixer(layer.cell, options, dim=width, std=0.02)()
+        yield "memjax layer", layer_calls(module, x), None
+        yield layer.name, layer.calls(x, shape.heads), None
+
+
+def layer_calls(module: nn.Module, x: np.ndarray) -> Sequence[Callable[[], Any]]:
+    """The forward pass of a mixer, and forward and backward with gradients of the weights too."""
+    ctx = Context(None, None, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x, None, ctx))
+    ahead = jax.jit(lambda params, x: module.apply(params, x, None, ctx)[0])
+    both = jax.jit(jax.grad(lambda params, x: jnp.sum(ahead(params, x)), (0, 1)))
+    given = jax.device_put((params, x))
+    return [functools.partial(function, *given) for function in (ahead, both)]
 
 
 def compile_both(cell: MemoryCell, form: str, params: PyTree, xs: PyTree) -> tuple[dict, dict]:
@@ -310,12 +213,15 @@ def decode_calls(cell: MemoryCell, params: PyTree, xs: PyTree, forms: Sequence[s
 
 
 def with_ratios(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds how many times faster and smaller than `scan` each form is, where `scan` was run."""
+    """Adds how many times faster and smaller than `scan` each form is, where `scan` was run and
+    does the same work."""
     base = next((record for record in records if record["form"] == "scan"), None)
     for record in records:
         for ratio, key in RATIOS.items():
-            known = base is not None and base[key] and record[key]
-            record[ratio] = base[key] / record[key] if base is not None and known else None
+            record[ratio] = None
+            if base is not None and record["distance_from_scan"] is not None:
+                known = base[key] and record[key]
+                record[ratio] = base[key] / record[key] if known else None
     return records
 
 

@@ -1,8 +1,9 @@
 """Other libraries' forms of the same recurrences, to be timed beside ours.
 
-    python -m memjax.benchmark --cells=gated_delta_net,attention,rwkv4 --peers
+    python -m memjax.benchmark --cells=gated_delta_net,attention,rwkv4,titans --peers
 
-They need `pip install -e '.[peers]'` (torch, transformers) and run on torch's CPU or GPU.
+They need `pip install -e '.[peers]'` (torch, transformers, titans-pytorch) and run on torch's CPU
+or GPU.
 """
 
 import dataclasses
@@ -40,30 +41,65 @@ class Peer:
 
     def calls(self, xs: PyTree) -> Sequence[Callable[[], Any]]:
         """The forward pass, and forward and backward with gradients of all inputs."""
-        torch = _import("torch")
         function, leaves = self._ready(xs)
-
-        def finish(y):
-            if y.is_cuda:
-                torch.cuda.synchronize()
-
-        def forward():
-            with torch.no_grad():
-                finish(self.call(function, leaves))
-
-        def both():
-            inputs = type(leaves)(*(a.detach().requires_grad_() for a in leaves))
-            y = self.call(function, inputs)
-            y.sum().backward()
-            finish(y)
-
-        return forward, both
+        return _timed(lambda *given: self.call(function, type(leaves)(*given)), leaves)
 
     def _ready(self, xs):
-        torch = _import("torch")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        leaves = type(xs)(*(torch.tensor(np.asarray(leaf), device=device) for leaf in xs))
+        leaves = type(xs)(*map(_tensor, xs))
         return getattr(_import(self.module), self.function), leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A whole layer of another library that does what our mixer of `cell` does. Its weights are its
+    own, so that only the times are compared.
+
+    options: of our mixer, beside `heads`. make: (heads, size of a head) -> a torch module, and what
+    takes its answer for activations [B, T, D] from what it gives.
+    """
+
+    name: str
+    cell: str
+    options: dict[str, Any]
+    make: Callable[[int, int], tuple[Any, Callable[[Any], Any]]]
+
+    def calls(self, x: np.ndarray, heads: int) -> Sequence[Callable[[], Any]]:
+        """Forward, and forward and backward with gradients of the activations and the weights."""
+        module, answer = self.make(heads, x.shape[-1] // heads)
+        given = _tensor(x)
+        module = module.to(given.device)
+
+        def call(x):
+            module.zero_grad(set_to_none=True)
+            return answer(module(x))
+
+        return _timed(call, [given])
+
+
+def _tensor(leaf):
+    torch = _import("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.tensor(np.asarray(leaf), device=device)
+
+
+def _timed(call, leaves):
+    """(forward, forward and backward) of a function of tensors."""
+    torch = _import("torch")
+
+    def finish(y):
+        if y.is_cuda:
+            torch.cuda.synchronize()
+
+    def forward():
+        with torch.no_grad():
+            finish(call(*leaves))
+
+    def both():
+        y = call(*(a.detach().requires_grad_() for a in leaves))
+        y.sum().backward()
+        finish(y)
+
+    return forward, both
 
 
 def _import(name: str) -> Any:
@@ -96,6 +132,14 @@ def _wkv(function, xs):
     return function((-w).log(), u, xs.k.flatten(2), xs.v.flatten(2))[0].view(xs.v.shape)
 
 
+def _titans(heads, size):
+    """Its memory of one matrix a head, with momentum; one step of the frozen chunk's gradients."""
+    library = _import("titans_pytorch")
+    memory = library.MemoryMLP(size, depth=1)
+    sizes = {"dim": heads * size, "dim_head": size, "heads": heads, "chunk_size": 64}
+    return library.NeuralMemory(**sizes, model=memory), lambda given: given[0]
+
+
 _QWEN = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 PEERS = (
@@ -120,6 +164,21 @@ PEERS = (
 )
 
 
+LAYERS = (
+    Layer(
+        "titans-pytorch layer",
+        "titans",
+        {"frozen_chunk": 64, "convolution": 0, "gate": "none"},
+        _titans,
+    ),
+)
+
+
 def of(cell: str) -> list[Peer]:
     """The peers of one cell."""
     return [peer for peer in PEERS if peer.cell == cell]
+
+
+def layers_of(cell: str) -> list[Layer]:
+    """The layers of other libraries that stand beside the mixer of one cell."""
+    return [layer for layer in LAYERS if layer.cell == cell]

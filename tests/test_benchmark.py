@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from absl import flags
 
-from memjax import benchmark, cells, forms, inputs, peers
-from memjax.benchmark import Shape
+from memjax import benchmark, cells, forms, inputs, peers, workload
 from memjax.cell import FORMS
 from memjax.cells.delta_net import DeltaNet
 from memjax.config import parse_flags
 from memjax.errors import UserError, exit_on_user_error
 from memjax.typing import Field
+from memjax.workload import Shape
 
 TINY = Shape(batch=2, length=9, heads=2, dim=4, window=5)
 
@@ -25,7 +25,7 @@ TINY = Shape(batch=2, length=9, heads=2, dim=4, window=5)
 @pytest.mark.parametrize("name", cells.names())
 def test_the_cells_have_the_sizes_and_the_librarys_chunk(name):
     spec = cells.get(name)
-    cell, _, xs = benchmark.problem(spec, TINY)
+    cell, _, xs = workload.problem(spec, TINY)
     while hasattr(cell, "inner"):  # a wrapper
         cell = cell.inner
     assert cell.value_dim == 4 and getattr(cell, "key_dim", 4) == 4
@@ -37,12 +37,12 @@ def test_the_cells_have_the_sizes_and_the_librarys_chunk(name):
     if name == "sliding_window":
         assert cell.window == 5
     if name == "attention":
-        assert cell.window >= 9 + benchmark.STEPS
+        assert cell.window >= 9 + workload.STEPS
 
 
 def test_draw_holds_what_the_fields_say():
     spec = cells.get("gated_delta_net")
-    cell = benchmark.make_cell(spec, TINY)
+    cell = workload.make_cell(spec, TINY)
     xs = inputs.draw(cell, np.random.default_rng(0), 2, 50, 3)
     again = inputs.draw(cell, np.random.default_rng(0), 2, 50, 3)
     for leaf, same in zip(xs, again, strict=True):
@@ -75,14 +75,14 @@ class WrongGradient(DeltaNet):
 @pytest.mark.parametrize("cell", [WrongValues, WrongGradient])
 def test_the_gate_refuses_a_wrong_form(cell):
     spec = dataclasses.replace(cells.get("delta_net"), cell=lambda: cell(8, 6))
-    assert benchmark.check(spec, TINY, ["scan"]) == {"scan": 0.0}
+    assert workload.check(spec, TINY, ["scan"]) == {"scan": 0.0}
     with pytest.raises(UserError, match="delta_net, chunked: relative distance .* is not timed"):
         benchmark.measure(spec, TINY)
 
 
 def test_the_gate_refuses_what_is_not_finite():
-    assert benchmark.distances([np.array([1.0, np.nan])], [np.ones(2)]) == [math.inf]
-    assert benchmark.distances([np.ones(2)], [np.ones(2)]) == [0.0]
+    assert workload.distances([np.array([1.0, np.nan])], [np.ones(2)]) == [math.inf]
+    assert workload.distances([np.ones(2)], [np.ones(2)]) == [0.0]
 
 
 def test_records():
@@ -112,7 +112,7 @@ def test_what_is_too_large_is_not_timed():
 def test_peers_that_are_not_installed_are_one_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (peer,) = peers.of("gated_delta_net")
-    _, _, xs = benchmark.problem(cells.get("gated_delta_net"), TINY)
+    _, _, xs = workload.problem(cells.get("gated_delta_net"), TINY)
     with pytest.raises(UserError, match=r"--peers needs torch.*pip install -e '.\[peers\]'"):
         peer.answers(xs)
 
@@ -125,6 +125,15 @@ def test_peers_do_the_same_work(name):
     found = {record["form"]: record for record in records}
     for peer in peers.of(name):
         assert found[peer.name]["distance_from_scan"] <= 1e-5 and found[peer.name]["both_ms"] > 0
+
+
+def test_layers_of_peers_are_timed_beside_ours():
+    pytest.importorskip("titans_pytorch", reason="needs titans-pytorch: pip install -e '.[peers]'")
+    shape = dataclasses.replace(TINY, length=64)
+    records = benchmark.measure(cells.get("titans"), shape, repeats=1, others=True)
+    found = {record["form"]: record for record in records}
+    for name in ("memjax layer", "titans-pytorch layer"):
+        assert found[name]["forward_ms"] > 0 and found[name]["both_ms"] > 0
 
 
 def row(form, length, forward, both, kind="DeltaNet"):

@@ -48,6 +48,7 @@ COMMANDS = (
     "memjax.sweep",
     "memjax.train",
     "memjax.train_step",
+    "memjax.workload",
 )
 LIBRARY = (*CORE, *SHELL, *HELPERS, *SOURCES, "memjax.cells", "memjax.wrappers", "memjax.blocks")
 
