@@ -33,6 +33,19 @@ def few_mappings():
             gc.collect()
 
 
+def pytest_collection_modifyitems(items):
+    """Puts tests of one cell or model side by side, where the module names the parameter that says
+    which: they share compiled code, and pytest-xdist gives neighbours to one worker."""
+    modules = {item.module.__name__: number for number, item in enumerate(items)}
+
+    def place(item):
+        name = getattr(item.module, "GROUPED_BY", None)
+        value = getattr(item, "callspec", None) and item.callspec.params.get(name)
+        return modules[item.module.__name__], getattr(value, "name", value) or ""
+
+    items.sort(key=place)
+
+
 def pytest_configure(config):
     """Keeps the error stream of the process; during the tests pytest captures what goes to it."""
     config.stash[_stderr] = os.dup(2)

@@ -17,7 +17,7 @@ import numpy as np
 
 import memjax
 from memjax import inputs
-from memjax.cell import FORMS, MemoryCell
+from memjax.cell import MemoryCell
 from memjax.registry import CellSpec
 from memjax.typing import Field, fields
 
@@ -84,15 +84,17 @@ def _small(cell: MemoryCell, size: int) -> MemoryCell:
 def forms(case: Case) -> list[str]:
     """The forms that serve this cell here, `scan` first."""
     if case.cell not in _SERVING:
-        given = problem(case, 0, 3, state=False, masks=False)
-        serving = []
-        for form in reversed(FORMS):
+        params = _init_params.eval_shape(case.cell, jax.random.key(0), HEADS)
+        given = Given(params, draw(case, np.random.default_rng(0), 3))
+        _SERVING[case.cell] = serving = ["scan"]
+        for form in ("chunked", "pallas"):
+            if getattr(type(case.cell), form) is getattr(MemoryCell, form):
+                continue  # it has none of its own
             try:
                 jax.eval_shape(partial(apply, case.cell, form), given)
             except NotImplementedError:
                 continue
             serving.append(form)
-        _SERVING[case.cell] = serving
     return _SERVING[case.cell]
 
 
@@ -224,18 +226,46 @@ def scanned(cell: MemoryCell, given: Given, dtype: Any = None) -> dict:
     """What `evaluate` gives for `scan`. One compilation serves many lengths, with and without
     masks: masks are explicit, and tokens that are not written follow up to the longest of
     `lengths`."""
-    batch, length = jax.tree.leaves(given.xs)[0].shape[:2]
-    more = max(0, lengths(cell)[-1] - length)
-    reset = np.zeros((batch, length), bool) if given.reset is None else given.reset
-    write = np.ones((batch, length), bool) if given.write is None else given.write
-    whole = given._replace(
-        xs=jax.tree.map(partial(longer, more=more, mode="edge"), given.xs),
-        reset=longer(reset, more),
-        write=longer(write, more),
-    )
-    found = evaluate(cell, "scan", whole, dtype, length=length)
+    length = batch_and_length(given)[1]
+    found = evaluate(cell, "scan", _whole(cell, given), dtype, length=length)
     tokens = ("[0]", "gradient of .xs")
     return {n: a[:, :length] if n.startswith(tokens) else a for n, a in found.items()}
+
+
+def scanned_values(cell: MemoryCell, given: Given):
+    """What `values` gives for `scan`, compiled once as in `scanned`, for any state and masks."""
+    y, state = values(cell, "scan", explicit(cell, _whole(cell, given)))
+    return y[:, : batch_and_length(given)[1]], state
+
+
+def explicit(cell: MemoryCell, given: Given) -> Given:
+    """The same with all that may be None: the initial state, resets [B, T], writes [B, T, H]."""
+    (batch, length), (reset, write) = batch_and_length(given), _masks(given)
+    heads = memjax.recurrence.memories(given.params, given.state, given.xs)
+    state = given.state
+    if state is None:
+        state = to_numpy(memjax.initial_state(cell, given.params, batch, heads))
+    write = repeat(write.reshape(batch, length, -1), heads)
+    return given._replace(state=state, reset=reset, write=write)
+
+
+def batch_and_length(given: Given) -> tuple[int, int]:
+    """(B, T)."""
+    return jax.tree.leaves(given.xs)[0].shape[:2]
+
+
+def _masks(given: Given) -> tuple[np.ndarray, np.ndarray]:
+    """reset and write, with what None stands for."""
+    reset = np.zeros(batch_and_length(given), bool) if given.reset is None else given.reset
+    write = np.ones(batch_and_length(given), bool) if given.write is None else given.write
+    return reset, write
+
+
+def _whole(cell: MemoryCell, given: Given) -> Given:
+    """The same with tokens behind it that are not written, up to the longest of `lengths`."""
+    more, (reset, write) = max(0, lengths(cell)[-1] - batch_and_length(given)[1]), _masks(given)
+    xs = jax.tree.map(partial(longer, more=more, mode="edge"), given.xs)
+    return given._replace(xs=xs, reset=longer(reset, more), write=longer(write, more))
 
 
 def longer(leaf: np.ndarray, more: int, mode: Any = "constant") -> np.ndarray:
@@ -289,19 +319,16 @@ _optimised = jax.jit(_differentiate, static_argnums=(0, 1))
 
 def reference(cell: MemoryCell, given: Given):
     """(y, state) by a plain loop over tokens in float64: the definition, without `run`."""
-    xs, reset, write = given.xs, given.reset, given.write
-    batch, length = jax.tree.leaves(xs)[0].shape[:2]
-    heads = memjax.recurrence.memories(given.params, given.state, xs)
-    ones = np.ones((batch, length, heads), bool)
-    write = ones if write is None else ones & repeat(write.reshape(batch, length, -1), heads)
-    reset = ~ones if reset is None else ones & reset[..., None]
+    (batch, length), (reset, write) = batch_and_length(given), _masks(given)
+    heads = memjax.recurrence.memories(given.params, given.state, given.xs)
+    write = repeat(write.reshape(batch, length, -1), heads)
     with x64(True):
-        params, xs, state = cast((given.params, xs, given.state), np.float64)
+        params, xs, state = cast((given.params, given.xs, given.state), np.float64)
         xs = jax.tree.map(lambda a: repeat(a, heads), xs)
         fresh = to_numpy(memjax.initial_state(cell, params, batch, heads, jnp.float64))
         state, answers = fresh if state is None else state, []
         for t in range(length):
-            state = where(reset[:, t], fresh, state)
+            state = where(reset[:, t, None], fresh, state)
             written, kept = to_numpy(_token(cell, params, state, tokens(xs, t)))
             y, state = where(write[:, t], written, (kept, state))
             answers.append(y)
@@ -322,7 +349,7 @@ def tokens(tree, index):
 
 
 def where(condition: np.ndarray, on_true, on_false):
-    """`np.where` over trees, for a condition [B, H]."""
+    """`np.where` over trees, for a condition [B, H] or [B, 1]."""
 
     def choose(a, b):
         return np.where(np.expand_dims(condition, tuple(range(2, a.ndim))), a, b)

@@ -227,12 +227,8 @@ def test_bits_per_byte_counts_every_held_out_byte_once(plain):
 # ---------------------------------------------------------------- devices
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("data", "fsdp"), [(2, 4), pytest.param(8, 1, marks=SLOW), pytest.param(1, 8, marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (8, 1), (1, 8)])
 def test_eight_devices_train_as_one_does(tmp_path, data, fsdp):
     """And one device continues what eight have begun."""
     settings = {**runs.TASK, "batch": 8, "model.dim": 16}
