@@ -128,7 +128,18 @@ def test_symmetries():
     assert distance(values(cell, turned)[0], y @ turn) < 1e-12
 
 
-@pytest.mark.parametrize("scenario", ["random", "correlated", "equal"])
+@pytest.mark.slow
+def test_a_single_slot_keeps_the_contract():
+    """L9."""
+    case = CASES["lattice"]._replace(cell=Lattice(1, V, frozen_chunk=8))
+    for form in contract.forms(case):
+        checks.check_forms(case, form, contract.problem(case, 0, 29))
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["random", *(pytest.param(s, marks=pytest.mark.slow) for s in ("correlated", "equal"))],
+)
 def test_growing_slots_keep_the_contract(scenario):
     """Not with beta at 0, which its docstring excludes."""
     case = CASES["lattice"]

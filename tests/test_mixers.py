@@ -180,7 +180,13 @@ def repeat(path, leaf):
     return jnp.repeat(leaf, 2, axis=1 if path and path[-1].key == "kernel" else 0)
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(fast := ("delta_net", "dplr", "comba")),  # every part that is shared
+        *(pytest.param(n, marks=pytest.mark.slow) for n in GROUPED if n not in fast),
+    ],
+)
 def test_value_heads_share_queries_and_keys(name):
     """Two value heads to each key equal as many heads whose q and k weights are the same."""
     options = dict(heads=2, key_dim=4, value_dim=6, convolution=0)
@@ -217,3 +223,33 @@ def test_value_heads_share_queries_and_keys(name):
 def test_impossible_options_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in cells.names() if name != "attention"])
+def test_every_layer_stays_finite_for_16_thousand_tokens(name):
+    """A random, a constant and a large constant input (one key, gates at their limits): answers,
+    state and all gradients, with large weights. Attention has room for fewer tokens."""
+    length, dim = 16_384, 16
+    options = {n: {"heads": 2} for n in mixer_names(name) if "heads" in mixer_options(n)}
+    module = make_mixer(name, options, dim=dim)()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, length, dim)).astype(np.float32)
+    x[1:] = x[1:, :1] * np.array([1, 100], np.float32)[:, None, None]
+    whole, head = (Context(None, None, jnp.zeros((3, n), jnp.int32)) for n in (length, 4))
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x[:, :4], None, head))
+    params = jax.tree.map(lambda a: a + 0.5 * rng.normal(size=a.shape).astype(np.float32), params)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            y, state, _ = module.apply(params, x, None, whole)
+            return jnp.mean(jnp.square(y)), (y, state["memory"])
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, (y, state)), gradient = contract.to_numpy(run(params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path((y, state, gradient)):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+    if hasattr(state, "weights"):  # memories that learn stay inside their stable region
+        assert max(np.abs(leaf).max() for leaf in state.weights) < 1e3
