@@ -13,7 +13,7 @@ from memjax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, cell=("delta_net", cells.named), seed=0, steps=3000, lr=3e-3)
+    arg = parse_arg(arg, cell=("delta_net", cells.named), seed=0, steps=1000, lr=1e-2)
     data = {
         "name": "mqar",
         "length": 64,

@@ -1,11 +1,12 @@
-"""Trains every cell with every seed on a recall task, then gathers the summaries.
+"""Trains every cell with every seed on a task, then gathers the summaries.
 
     python experiments/sweep.py mqar --cells=attention,delta_net,gated_delta_net,linear_attention
-    python experiments/sweep.py forgetting_mqar --jobs=2 --steps=1000
+    python experiments/sweep.py forgetting_mqar --jobs=2 --steps=500
+    python experiments/sweep.py tiny_text --jobs=2 --seeds=0 --dtype=bfloat16
 
 The task is the name of a config in configs/ and of a folder beside this file, where results.jsonl
 is written, a row for each run. Runs that are finished are kept, interrupted ones continue; one that
-fails is named and left out.
+fails is named and left out. dtype: of the activations.
 """
 
 import argparse
@@ -20,10 +21,14 @@ import memjax
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
-KEPT = ("steps", "query_accuracy", "sequence_accuracy", "loss", "seconds", "parameters", "versions")
+KEPT = (
+    "steps", "query_accuracy", "sequence_accuracy", "bits_per_byte", "loss", "seconds",
+    "tokens_per_second", "parameters", "state_bytes", "versions",
+)  # fmt: skip
+NAMED = ("cell", "seed", "dtype")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,29 +36,37 @@ def main():
     parser.add_argument("--cells", default=",".join(memjax.cells.names()))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, help="default: the config's")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each if > 1")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     runs = [(cell, int(seed)) for cell in given.cells.split(",") for seed in given.seeds.split(",")]
     results = HERE / given.task / "results.jsonl"
     results.parent.mkdir(exist_ok=True)
-    rows = {}
-    if results.exists():
-        old = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines())
-        rows = {(row["cell"], row["seed"]): row for row in old}
+    rows = {tuple(row[name] for name in NAMED): row for row in read(given.task)}
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         for (cell, seed), summary in zip(
             runs, pool.map(lambda run: train(given, *run), runs), strict=True
         ):
             if summary:
-                rows[cell, seed] = {"cell": cell, "seed": seed} | {k: summary[k] for k in KEPT}
+                named = dict(zip(NAMED, (cell, seed, given.dtype), strict=True))
+                row = named | {name: summary[name] for name in KEPT if name in summary}
+                rows[tuple(named.values())] = row
                 lines = "".join(json.dumps(row) + "\n" for row in rows.values())
                 results.write_text(lines, encoding="utf-8")
 
 
+def read(task):
+    """The rows of a task's results.jsonl."""
+    results = HERE / task / "results.jsonl"
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else ()
+    return [json.loads(line) for line in lines]
+
+
 def train(given, cell, seed):
     """The summary of one run, which is made unless it is there; None when it fails."""
-    length = f"-{given.steps}" if given.steps else ""
-    workdir = ROOT / "runs" / given.task / f"{cell}-{seed}{length}"
+    parts = [cell, seed, given.steps, None if given.dtype == "float32" else given.dtype]
+    name = "-".join(str(part) for part in parts if part is not None)
+    workdir = ROOT / "runs" / given.task / name
     if not finished(workdir):
         steps = f",steps={given.steps}" if given.steps else ""
         command = (sys.executable, "-m", "memjax.train", f"--workdir={workdir}")
@@ -63,7 +76,11 @@ def train(given, cell, seed):
         with open(f"{workdir}.log", "a", encoding="utf-8") as log:
             environment = {**os.environ, **alone}
             done = subprocess.run(
-                [*command, config], cwd=ROOT, env=environment, stdout=log, stderr=log
+                [*command, config, f"--config.model.dtype={given.dtype}"],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
             )
         if done.returncode:
             print(f"{cell}, seed {seed}: failed, see {workdir}.log", flush=True)

@@ -62,6 +62,7 @@ def _train(settings, workdir, stopped):
         "step": 0,
         "steps": settings.steps,
         "parameters": sum(a.size for a in jax.tree.leaves(abstract.params)),
+        "state_bytes": state_bytes(run.model, abstract.params),  # of one sequence
         "seed": settings.seed,
         "versions": versions(),
     }
@@ -84,7 +85,7 @@ def _train(settings, workdir, stopped):
         config=settings,
     )
     show = progress.Progress(settings.steps, step)
-    describe(show, run, summary["parameters"], state.params, step)
+    describe(show, run, summary, step)
 
     # ------------------------------------------------------------------ compilation
     began = time.perf_counter()
@@ -200,15 +201,20 @@ def sample_text(model, params, tokeniser, length: int = 300) -> str:
     return "".join(generate.stream_text(tokens, tokeniser))
 
 
-def describe(show, run: train_step.Training, parameters: int, params: Any, step: int) -> None:
+def state_bytes(model, params: Any) -> int:
+    """Bytes of the decode state of one sequence."""
+    state = jax.eval_shape(lambda p: initial_state(model, p, 1), params)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+
+
+def describe(show, run: train_step.Training, summary: dict[str, Any], step: int) -> None:
     """Says once what runs where on what."""
-    state = jax.eval_shape(lambda p: initial_state(run.model, p, 1), params)
-    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     device = jax.devices()[0].device_kind
     show.note(f"memjax {__version__}, jax {jax.__version__}, {jax.device_count()} x {device}")
     show.note(
-        f"model: {progress.human(parameters)} parameters, {progress.human(held)}B of state a "
-        f"sequence; {in_words(run.model.config.layers)}"
+        f"model: {progress.human(summary['parameters'])} parameters, "
+        f"{progress.human(summary['state_bytes'])}B of state a sequence; "
+        f"{in_words(run.model.config.layers)}"
     )
     facts = {k: v for k, v in run.data.fingerprint.items() if not isinstance(v, (list, dict))}
     show.note("data: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
