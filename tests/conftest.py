@@ -9,8 +9,11 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Most of the time goes into compilation, a fifth of it into LLVM passes that tests do not need.
-os.environ.setdefault("XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true")
+# Most of the time goes into compilation, half of it into optimisations that few tests need; those
+# ask for them (see contract.py).
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 # XLA starts as many threads as there are cores, in every pytest-xdist worker. NPROC tells it how
 # many it may take; two at least, because some defects (deadlocks) need two threads to be seen.

@@ -193,15 +193,8 @@ def values(cell: MemoryCell, form: str | None, given: Given):
     return to_numpy(_values(cell, form, given))
 
 
-# XLA's optimisations take half of the compile time. They are left out but where a test asks for
-# gradients that are compiled as those of models are.
-PLAIN = {"xla_backend_optimization_level": 0}
-_values = jax.jit(apply, static_argnums=(0, 1), compiler_options=PLAIN)
-_init_params = jax.jit(
-    lambda cell, key, heads: cell.init_params(key, heads),
-    static_argnums=(0, 2),
-    compiler_options=PLAIN,
-)
+_values = jax.jit(apply, static_argnums=(0, 1))
+_init_params = jax.jit(lambda cell, key, heads: cell.init_params(key, heads), static_argnums=(0, 2))
 
 
 def evaluate(
@@ -313,8 +306,13 @@ def _differentiate(cell, form, given, cotangents):
     return out, gradients
 
 
-_gradients = jax.jit(_differentiate, static_argnums=(0, 1), compiler_options=PLAIN)
-_optimised = jax.jit(_differentiate, static_argnums=(0, 1))
+_gradients = jax.jit(_differentiate, static_argnums=(0, 1))
+# As models are compiled; conftest.py turns optimisations off for the other tests.
+_optimised = jax.jit(
+    _differentiate,
+    static_argnums=(0, 1),
+    compiler_options={"xla_backend_optimization_level": 3},
+)
 
 
 def reference(cell: MemoryCell, given: Given):
@@ -335,7 +333,7 @@ def reference(cell: MemoryCell, given: Given):
     return np.stack(answers, axis=1), state
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=PLAIN)
+@partial(jax.jit, static_argnums=0)
 def _token(cell, params, state, x):
     def one(params, state, x):
         return cell.step(params, state, x), cell.read(params, state, x)

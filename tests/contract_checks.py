@@ -160,7 +160,7 @@ def check_removed(case: Case, form: str, fill=contract.explicit) -> None:
     _assert_values(case, given._replace(write=write), (y, state), f"{form}, write per head")
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=contract.PLAIN)
+@partial(jax.jit, static_argnums=(0, 1))
 def _influence(cell, form, given, cotangent):
     """Gradient of the answer of each token s: leaves [S, B, T, h, ...]."""
 
@@ -237,7 +237,7 @@ def check_transformations(case: Case, form: str) -> None:
     first, second = (contract.problem(case, seed, 19) for seed in (9, 10))
     run = partial(contract.apply, case.cell, form)
     stacked = jax.tree.map(lambda *a: np.stack(a), first, second)
-    mapped = jax.jit(jax.vmap(run), compiler_options=contract.PLAIN)
+    mapped = jax.jit(jax.vmap(run))
     out = contract.to_numpy(mapped(stacked))
     for i, given in enumerate((first, second)):
         part = jax.tree.map(lambda a, i=i: a[i], out)

@@ -21,15 +21,6 @@ from memjax.train_step import init_params
 
 BATCH, LENGTH, VOCAB = 3, 10, 17
 
-# Most of the time goes into compiling; less of XLA's optimisation halves it.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
 # The layers of each model; cells stand alone, so that a mistake names its cell.
 CELLS = {name: (((name,), 1),) for name in memjax.cells.names()}
 COMBINED = {
@@ -78,7 +69,7 @@ def config(name: str, **changes) -> ModelConfig:
 
 def initialise(shell: LanguageModel, seed: int = 1):
     """Its parameters, unboxed; kernels that start at zero are moved, so that each layer matters."""
-    params = nn.unbox(jit(functools.partial(init_params, shell))(jax.random.key(seed)))
+    params = nn.unbox(jax.jit(functools.partial(init_params, shell))(jax.random.key(seed)))
     rng = np.random.default_rng(seed)
 
     def move(path, leaf):
@@ -98,7 +89,7 @@ def model(name: str, dtype: str = "float32"):
     if dtype == "float64":
         with contract.x64(True):
             params = contract.cast(contract.to_numpy(params), np.float64)
-    return shell, params, jit(shell.apply)
+    return shell, params, jax.jit(shell.apply)
 
 
 def apply(name, tokens, state=None, reset=None, write=None, select=None, dtype="float32"):
@@ -114,7 +105,7 @@ def apply(name, tokens, state=None, reset=None, write=None, select=None, dtype="
 def fresh(name: str):
     """The initial state of `BATCH` sequences, explicit."""
     shell, params, _ = model(name)
-    return contract.to_numpy(jit(lambda params: initial_state(shell, params, BATCH))(params))
+    return contract.to_numpy(jax.jit(lambda params: initial_state(shell, params, BATCH))(params))
 
 
 def masks(length: int, reset=(), unwritten=()):

@@ -144,11 +144,11 @@ def test_hybrid_equals_its_equation(combine):
     shared = dict(dim=8, std=0.5)
     ctx = Context(None, None, jnp.broadcast_to(jnp.arange(7), (2, 7)))
     module = make_mixer("hybrid(sliding_window, delta_net)", options, **shared)(name="mixer")
-    params = nn.unbox(models.jit(module.init)(KEY, x, None, ctx)["params"])
+    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
 
     def inner(name, which, x):
         mixer = make_mixer(name, options, **shared)(name="mixer")
-        return np.asarray(models.jit(mixer.apply)({"params": params[which]}, x, None, ctx)[0])
+        return np.asarray(jax.jit(mixer.apply)({"params": params[which]}, x, None, ctx)[0])
 
     held = inner("delta_net", "memory", x)
     if combine == "sequential":
@@ -158,7 +158,7 @@ def test_hybrid_equals_its_equation(combine):
         gate = x @ np.asarray(params["gate"]["kernel"]) + params["gate"]["bias"]
         share = 1 / (1 + np.exp(-gate))
         expected = share * inner("sliding_window", "attention", x) + (1 - share) * held
-    y, state, _ = models.jit(module.apply)({"params": params}, x, None, ctx)
+    y, state, _ = jax.jit(module.apply)({"params": params}, x, None, ctx)
     assert distance(y, expected) <= 2e-6
     assert set(state) == {"attention", "memory"}
 

@@ -348,7 +348,14 @@ def test_strength_two_is_a_reflection(form):
 
 
 @FORMS
-@pytest.mark.parametrize("kind", [DeltaNet, GatedDeltaNet, KDA, DeltaProduct])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DeltaNet,
+        GatedDeltaNet,
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (KDA, DeltaProduct)),
+    ],
+)
 def test_delta_rule_is_a_contraction(form, kind):
     """Without new values the memory never grows: unit keys, rates at their limits."""
     case = contract.small(case_of(kind(8, 6)))

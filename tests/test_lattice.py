@@ -136,10 +136,8 @@ def test_a_single_slot_keeps_the_contract():
         checks.check_forms(case, form, contract.problem(case, 0, 29))
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    ["random", *(pytest.param(s, marks=pytest.mark.slow) for s in ("correlated", "equal"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["random", "correlated", "equal"])
 def test_growing_slots_keep_the_contract(scenario):
     """Not with beta at 0, which its docstring excludes."""
     case = CASES["lattice"]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from contract import distance
-from test_mixers import B, T, build, jit, silu, softplus
+from test_mixers import B, T, build, silu, softplus
 
 HEADS, KEY, VALUE, CHUNK = 2, 3, 5, 4
 
@@ -155,7 +155,7 @@ def lattice(w, x, q, k, v):
 def test_layers_are_their_papers(name, loop, options):
     sizes = {"heads": HEADS, "key_dim": KEY, "value_dim": VALUE, "frozen_chunk": CHUNK}
     module, params, x, ctx = build(name, **sizes, **options)
-    y = jit(lambda p: module.apply({"params": p}, x, None, ctx)[0])(params)
+    y = jax.jit(lambda p: module.apply({"params": p}, x, None, ctx)[0])(params)
     w, x = jax.tree.map(np.float64, params), np.float64(x)
     expected = output(w, loop(w, x, *projected(w, x)), x)
     assert distance(y, expected) < 1e-5

@@ -121,7 +121,9 @@ def loop(cell, given):
 
 @either
 @pytest.mark.parametrize("mode", ["residual", "grm", "ssc"])
-@pytest.mark.parametrize("start", ["checkpoint", "independent"])
+@pytest.mark.parametrize(
+    "start", ["checkpoint", pytest.param("independent", marks=pytest.mark.slow)]
+)
 def test_answers_are_the_papers(mode, start, form):
     for inner in (DELTA, DEEP)[: 2 if mode == "grm" else 1]:
         cell = MemoryCaching(inner, mode, segment=4, slots=8, top=2, start=start)

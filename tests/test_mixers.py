@@ -1,7 +1,5 @@
 """The papers' parametrisations: what single mixers hand to their cells, and groups of heads."""
 
-import functools
-
 import contract
 import flax.linen as nn
 import jax
@@ -16,8 +14,6 @@ from memjax.nn.stack import make_mixer, mixer_names, mixer_options
 from memjax.typing import fields
 
 B, T, D = 2, 13, 16
-# Compilation takes longer than the run: half of it is optimisation.
-jit = functools.partial(jax.jit, compiler_options=contract.PLAIN)
 
 
 def build(name, seed=0, **options):
@@ -26,13 +22,13 @@ def build(name, seed=0, **options):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
     ctx = Context(None, None, jnp.broadcast_to(jnp.arange(T), (B, T)))
-    params = nn.unbox(jit(lambda key: module.init(key, x, None, ctx))(jax.random.key(seed)))
+    params = nn.unbox(jax.jit(lambda key: module.init(key, x, None, ctx))(jax.random.key(seed)))
     return module, params["params"], x, ctx
 
 
 def inputs_of(module, params, x, ctx):
     """The cell's inputs, of a sequence from its start."""
-    return jit(lambda p: module.apply({"params": p}, x, {}, ctx, method="inputs")[0])(params)
+    return jax.jit(lambda p: module.apply({"params": p}, x, {}, ctx, method="inputs")[0])(params)
 
 
 def test_retnet_fades_at_the_papers_rates():
@@ -193,13 +189,13 @@ def test_value_heads_share_queries_and_keys(name):
     module, params, x, ctx = build(name, value_heads=4, **options)
     xs = inputs_of(module, params, x, ctx)
     assert xs.k.shape[2] == xs.q.shape[2] == 2 and xs.v.shape[2] == 4
-    y, state, _ = jit(lambda p: module.apply({"params": p}, x, None, ctx))(params)
+    y, state, _ = jax.jit(lambda p: module.apply({"params": p}, x, None, ctx))(params)
     assert jax.tree.leaves(state["memory"])[0].shape[1] == 4
     wide = dict(params)
     for part in (SHARED | ({"log_decay"} if name == "dplr" else set())) & wide.keys():
         wide[part] = jax.tree_util.tree_map_with_path(repeat, params[part])
     plain = registry.get(name).mixer(dim=D, std=0.3, **{**options, "heads": 4})
-    expected, same, _ = jit(lambda p: plain.apply({"params": p}, x, None, ctx))(wide)
+    expected, same, _ = jax.jit(lambda p: plain.apply({"params": p}, x, None, ctx))(wide)
     assert distance(y, np.asarray(expected)) < 1e-5
     assert distance(state["memory"], np.asarray(same["memory"])) < 1e-5
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from contract import distance
-from wrapped import DEEP, DELTA, B, D, T, answers, bare, either, given_for, jit
+from wrapped import DEEP, DELTA, B, D, T, answers, bare, either, given_for
 
 from memjax import train_step
 from memjax.nn.layers import Context
@@ -103,13 +103,13 @@ def mixture(**options):
     module = make_mixer("mixture_of_memories", found, dim=D, std=0.3)()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
     ctx = Context(None, None, jnp.broadcast_to(jnp.arange(T), (B, T)), losses=jnp.zeros(()))
-    variables = jit(lambda: nn.unbox(module.init(jax.random.key(0), x, None, ctx)))()
+    variables = jax.jit(lambda: nn.unbox(module.init(jax.random.key(0), x, None, ctx)))()
     return module, variables, x, ctx
 
 
 def test_a_routed_convolution_leaks_neither_the_future_nor_other_sequences():
     module, variables, x, ctx = mixture()
-    run = jit(lambda x: module.apply(variables, x, None, ctx)[0])
+    run = jax.jit(lambda x: module.apply(variables, x, None, ctx)[0])
     y, t = np.asarray(run(x)), T // 2
     moved = np.asarray(run(x.at[0, t].add(1.0)))
     assert np.array_equal(moved[1], y[1])
@@ -120,7 +120,7 @@ def test_a_routed_convolution_leaks_neither_the_future_nor_other_sequences():
 def test_a_memory_convolves_the_tokens_that_are_routed_to_it():
     """One memory of the mixer alone, on the tokens of its own, has the same inputs."""
     module, variables, x, ctx = mixture()
-    xs = jit(lambda x: module.apply(variables, x, {}, ctx, method="inputs")[0])(x)
+    xs = jax.jit(lambda x: module.apply(variables, x, {}, ctx, method="inputs")[0])(x)
     params, inner = variables["params"], module.template
     for m in range(4):
         mine = np.flatnonzero(np.asarray(xs.gates[0, :, 0, m]))
@@ -138,8 +138,8 @@ def test_one_routed_memory_is_the_inner_mixer():
     params = variables["params"]
     own = jax.tree.map(lambda a: a[0], params["memories"])
     inner = {"params": merge(params["shared"], own)}
-    expected = jit(lambda x: module.template.apply(inner, x, None, ctx)[0])(x)
-    y = jit(lambda x: module.apply(variables, x, None, ctx)[0])(x)
+    expected = jax.jit(lambda x: module.template.apply(inner, x, None, ctx)[0])(x)
+    y = jax.jit(lambda x: module.apply(variables, x, None, ctx)[0])(x)
     assert distance(np.asarray(y), np.asarray(expected)) < 1e-6
 
 
@@ -148,7 +148,7 @@ def test_an_even_load_costs_the_number_of_choices():
     module, variables, x, ctx = mixture()
     even = jax.tree.map(jnp.zeros_like, variables["params"]["router"])
     variables = {"params": {**variables["params"], "router": even}}
-    new = jit(lambda x: module.apply(variables, x, None, ctx)[2])(x)
+    new = jax.jit(lambda x: module.apply(variables, x, None, ctx)[2])(x)
     assert abs(float(new.losses) - 0.01 * 2) < 1e-6
     ctx = ctx.replace(write=jnp.arange(T)[None, :] < jnp.array([[5], [9]]))
     _, loss = module.apply(variables, x, ctx, method="route")
@@ -169,12 +169,12 @@ def test_the_trainer_adds_the_load_balancing_loss():
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((4, 8), bool)}
     model = LanguageModel(ModelConfig(11, D, layers, mlp=0.0, mixers=options))
     descent = optax.sgd(1.0)
-    params = jit(lambda key: nn.unbox(train_step.init_params(model, key)))(jax.random.key(0))
-    update = jit(train_step.make_train_step(model, descent, lambda _: 1.0))
+    params = jax.jit(lambda key: nn.unbox(train_step.init_params(model, key)))(jax.random.key(0))
+    update = jax.jit(train_step.make_train_step(model, descent, lambda _: 1.0))
     state = train_step.TrainState(jnp.zeros((), jnp.int32), params, descent.init(params))
     new, metrics = update(state, batch)
 
-    @jit
+    @jax.jit
     def losses(params):
         def both(params):
             scores = train_step.score(model, params, batch, None)

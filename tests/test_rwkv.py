@@ -2,7 +2,6 @@
 
 import functools
 
-import contract
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from memjax.nn.lm import LanguageModel, ModelConfig
 from memjax.train_step import init_params
 
 B, T, D = 2, 11, 8
-jit = functools.partial(jax.jit, compiler_options=contract.PLAIN)
 
 
 def drawn(seed, scale=1.0, length=T):
@@ -31,7 +29,7 @@ def drawn(seed, scale=1.0, length=T):
     return xs, w, u
 
 
-@jit
+@jax.jit
 def wkv(xs):
     return memjax.run(rwkv4.RWKV4(6), {}, xs)[0]
 
@@ -73,7 +71,7 @@ def build(module, seed, ctx):
     """Parameters that are all moved from where they start, and x."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
-    params = nn.unbox(jit(lambda key: module.init(key, x, None, ctx))(jax.random.key(seed)))
+    params = nn.unbox(jax.jit(lambda key: module.init(key, x, None, ctx))(jax.random.key(seed)))
     moved = jax.tree.map(lambda a: a + 0.4 * rng.normal(size=a.shape).astype(np.float32), params)
     return moved["params"], x
 
@@ -100,7 +98,7 @@ def weights(params):
 def test_rwkv4_is_its_papers_layer():
     module = registry.get("rwkv4").mixer(dim=D, heads=2)
     params, x = build(module, 0, context())
-    y, state, _ = jit(module.apply)({"params": params}, x, None, context())
+    y, state, _ = jax.jit(module.apply)({"params": params}, x, None, context())
     w, x = weights(params), np.float64(x)
     xk, xv, xr = (w[f"mix_{n}"] * x + (1 - w[f"mix_{n}"]) * before(x) for n in "kvr")
     k, v, r = xk @ w["key"], xv @ w["value"], xr @ w["receptance"]
@@ -154,7 +152,7 @@ def test_rwkv7_is_its_papers_layer(later):
     published = jnp.asarray(later), jnp.asarray(first.reshape(B, T, *shape), jnp.float32)
     ctx = context(rwkv7_value=published)
     params, x = build(module, 1, ctx)
-    y, _, ctx = jit(module.apply)({"params": params}, x, None, ctx)
+    y, _, ctx = jax.jit(module.apply)({"params": params}, x, None, ctx)
     expected, values = layer_of_rwkv7(weights(params), np.float64(x), 2, first if later else None)
     assert distance(y, expected) < 1e-5
     known, given = ctx.published["rwkv7_value"]
@@ -165,7 +163,8 @@ def test_rwkv7_is_its_papers_layer(later):
 def test_rwkv7_transitions_have_eigenvalues_between_w_minus_1_and_1():
     module = registry.get("rwkv7").mixer(dim=D, heads=2)
     params, x = build(module, 2, context())
-    xs = jit(lambda p: module.apply({"params": p}, x, {}, context(), method="inputs")[0])(params)
+    take = functools.partial(module.apply, method="inputs")
+    xs = jax.jit(lambda p: take({"params": p}, x, {}, context())[0])(params)
     w = np.exp(np.float64(xs.g))
     assert (w > np.exp(-np.exp(-0.5))).all() and (w < 1).all()
     assert distance(np.linalg.norm(xs.a, axis=-1), np.ones((B, T, 2))) < 1e-6
@@ -189,7 +188,7 @@ def test_rwkv7_transitions_may_grow_together():
 def test_channel_mixers_are_their_papers(name):
     module = registry.channel(name).mixer(dim=D, hidden=12)
     params, x = build(module, 3, context())
-    y, state, _ = jit(module.apply)({"params": params}, x, None, context())
+    y, state, _ = jax.jit(module.apply)({"params": params}, x, None, context())
     w, x = jax.tree.map(np.float64, params), np.float64(x)
     if name == "rwkv4_channel":
         xk, xr = (w[f"mix_{n}"] * x + (1 - w[f"mix_{n}"]) * before(x) for n in "kr")
@@ -209,7 +208,7 @@ def initial(name, repeats):
     config = ModelConfig(
         vocab=5, dim=16, layers=layers, channel=channel, mixers={name: dict(heads=2)}
     )
-    params = jit(functools.partial(init_params, LanguageModel(config)))(jax.random.key(0))
+    params = jax.jit(functools.partial(init_params, LanguageModel(config)))(jax.random.key(0))
     return jax.tree.map(np.asarray, nn.unbox(params)["stack"]["group_0"]["layer_0"])
 
 
@@ -243,6 +242,7 @@ def test_a_single_layer_starts_finite(name):
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (32, 32)])
 def test_orthogonal(shape):
-    matrix = np.float64(jit(lambda k: orthogonal(2.0)(k, shape, jnp.float32))(jax.random.key(0)))
+    draw = jax.jit(lambda key: orthogonal(2.0)(key, shape, jnp.float32))
+    matrix = np.float64(draw(jax.random.key(0)))
     gram = matrix @ matrix.T if shape[0] <= shape[1] else matrix.T @ matrix
     assert distance(gram, 4 * np.eye(min(shape))) < 1e-5

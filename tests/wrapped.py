@@ -1,10 +1,8 @@
 """Cells to wrap, and how the tests of wrappers run them."""
 
 import dataclasses
-import functools
 
 import contract
-import jax
 import pytest
 
 from memjax import cells
@@ -17,7 +15,6 @@ FORMS = ("scan", "chunked")
 LINEAR = LinearAttention(4, 3, scale=1.0, chunk=4)
 DELTA = GatedDeltaNet(4, 3, chunk=4)
 DEEP = Titans(4, 4, depth=2, expansion=2, frozen_chunk=4, std=0.5)
-jit = functools.partial(jax.jit, compiler_options=contract.PLAIN)
 either = pytest.mark.parametrize("form", FORMS)
 
 
