@@ -1,9 +1,13 @@
 """Writes the README's table of cells from the registry and the figures of benchmark runs.
 
+State and operations are counted from the cells themselves, at the benchmark's sizes; the times are
+those of the figures.
+
 python -m memjax.benchmark --length=4096 --out=experiments/benchmark/cpu.json
 python -m memjax.readme README.md experiments/benchmark/cpu.json
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -11,15 +15,21 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from memjax import cells
-from memjax.cell import FORMS
+import jax
+import numpy as np
+
+from memjax import cells, cost, inputs, workload
+from memjax.cell import FORMS, initial_state
 from memjax.config import UserError, exit_on_user_error, user_errors, write_text
+from memjax.registry import CellSpec
 
 BEGIN, END = "<!-- cells: written by python -m memjax.readme -->\n", "<!-- /cells -->\n"
 LENGTH = 4096
 SIZES = {"batch": 1, "heads": 4, "dim": 64, "chunk": 0}  # what the README says the figures are of
 MICROSECONDS = "scan µs", "chunked µs", "decode µs"
-HEADINGS = "cell", "what a token does", "state", *MICROSECONDS, "paper"
+HEADINGS = (
+    "cell", "what a token does", "state", "kFLOP", *MICROSECONDS, "our choice", "paper",
+)  # fmt: skip
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -31,17 +41,31 @@ def rows(records: Records) -> Iterator[list[str]]:
         kind = type(spec.cell()).__name__  # several layers may have one memory
         ours = (r for r in records if r["form"] in FORMS)
         found = {r["form"]: r for r in ours if (r["class"], r["length"]) == (kind, LENGTH)}
-        states = [r["state_bytes"] for r in found.values()]
         decode = [r["decode_us"] for r in found.values()]
+        held, operations = of_one_token(spec)
         yield [
             f"`{name}`",
             spec.recurrence,
-            number(max(states, default=None), 1024, "{:.0f} KiB"),
+            number(held, 1024, "{:.0f} KiB"),
+            number(operations, 1e3, "{:.0f}"),
             *(number(found[f]["both_ms"] if f in found else None, LENGTH / 1e3, "{:.1f}")
               for f in ("scan", "chunked")),
             number(min(decode, default=None), 1, "{:.0f}"),
+            spec.choice or "-",
             link(spec.paper),
         ]  # fmt: skip
+
+
+def of_one_token(spec: CellSpec) -> tuple[int, int]:
+    """Bytes of one sequence's state, and operations of one token read and written by `scan`."""
+    shape = workload.Shape(length=LENGTH)
+    cell, heads = workload.make_cell(spec, shape), shape.heads
+    params = jax.eval_shape(lambda: cell.init_params(jax.random.key(0), heads))
+    state = jax.eval_shape(functools.partial(initial_state, cell, batch=1, heads=heads), params)
+    token = inputs.draw(cell, np.random.default_rng(0), 1, 1, heads)
+    step = functools.partial(workload.forward, cell, "scan")
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return held, cost.flops(step, params, token, state)
 
 
 def number(value: float | None, unit: float, shown: str) -> str:

@@ -20,6 +20,7 @@ class CellSpec:
     mixer: the Linen module that puts the cell into a model.
     paper: where the recurrence stands.
     recurrence: what one token does to one memory, as a line of text for the README's table.
+    choice: what the paper leaves open and we chose, in a few words for the same table.
     variants: further cells that must pass the same tests, by name.
     arguments, defaults: of a wrapper around a cell, as in `BlockSpec`.
     """
@@ -29,6 +30,7 @@ class CellSpec:
     mixer: type
     paper: str
     recurrence: str
+    choice: str = ""
     variants: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
     arguments: tuple[int, ...] = (0,)
     defaults: tuple[str, ...] = ()

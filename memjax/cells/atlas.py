@@ -222,6 +222,7 @@ register(
         mixer=OmegaNetMixer,
         paper="Behrouz et al. 2025, arXiv 2505.23735",
         recurrence="M = α M − η Σ γ ∇‖M(kᵢ) − vᵢ‖² over the last c tokens, ∇ frozen per chunk",
+        choice="form of the gates, sizes",
         variants={
             "deep": lambda: OmegaNet(4, 4, 2, 2, frozen_chunk=5, std=0.5, context=7),
             "dla": lambda: OmegaNet(4, 4, 2, 2, 5, "dot", std=0.5, context=2),
@@ -235,6 +236,7 @@ register(
         mixer=AtlasMixer,
         paper="Behrouz et al. 2025, arXiv 2505.23735",
         recurrence="S = θ S + Σ γ ∇‖M(kᵢ) − vᵢ‖², M = α M − η NS(S), NS: Newton-Schulz",
+        choice="form of the gates, sizes",
         variants={
             "momentum": lambda: Atlas(8, 6, frozen_chunk=8, context=3, newton_schulz=0),
             # of a network in float32, 5 steps lose 1e-4 of the momentum with gates at their limits

@@ -75,5 +75,6 @@ register(
         mixer=DPLRMixer,
         paper="Peng et al. 2025, arXiv 2503.14456",
         recurrence="S = diag(e^g) S + b (Sᵀa)ᵀ + k vᵀ, the core of RWKV-7",
+        choice="its parametrisation, after RWKV-7",
     )
 )

@@ -239,6 +239,7 @@ register(
         mixer=LatticeMixer,
         paper="Karami & Mirrokni 2025, arXiv 2504.05646",
         recurrence="sᵢ = β sᵢ + γ kᵢ (I − sᵢ sᵢᵀ)(v − Sᵀk), slots of unit norm",
+        choice="what a chunk freezes, unit slots at reads, form of the gates",
         variants={
             "exact": lambda: Lattice(8, 6, frozen_chunk=1),
             "encoding": lambda: Lattice(8, 6, "encoding", frozen_chunk=5),

@@ -63,5 +63,6 @@ register(
         mixer=SimpleGLAMixer,
         paper="Dao & Gu 2024, arXiv 2405.21060; Yang et al. 2023, arXiv 2312.06635",
         recurrence="S = e^g S + k vᵀ, the core of Mamba-2",
+        choice="unit-norm q and k",
     )
 )

@@ -87,6 +87,7 @@ register(
         mixer=TitansMixer,
         paper="Behrouz et al. 2024, arXiv 2501.00663",
         recurrence="Z = η Z − θ ∇‖M(k) − v‖², M = (1 − α) M + Z, ∇ frozen per chunk",
+        choice="form of the gates, learned start",
         variants={
             "deep": lambda: Titans(4, 4, depth=2, expansion=2, frozen_chunk=5, std=0.5),
             "three": lambda: Titans(4, 3, depth=3, expansion=2, frozen_chunk=8, std=0.5),

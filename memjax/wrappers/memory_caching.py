@@ -328,6 +328,7 @@ register(
         mixer=MemoryCachingMixer,
         paper="Memory Caching, 2026, arXiv 2602.24281",
         recurrence="y = Σ γᵢ Mᵢ(q) over the memories at the ends of past segments and the last one",
+        choice="what gates read, a gate per head, sizes",
         arguments=(1,),
         defaults=("gated_delta_net",),
         variants={

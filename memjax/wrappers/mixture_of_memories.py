@@ -280,6 +280,7 @@ register(
         mixer=MixtureOfMemoriesMixer,
         paper="Du et al. 2025, arXiv 2502.13685",
         recurrence="y = Σ wᵢ Mᵢ(q) over the k memories of a token, which alone are written",
+        choice="masks instead of packing, balance summed over layers",
         arguments=(1,),
         defaults=("gated_delta_net",),
         variants={"titans": lambda: example("titans")},
