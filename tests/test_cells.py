@@ -28,7 +28,8 @@ from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import Inputs as DecayInputs
 from memjax.cells.simple_gla import SimpleGLA
 
-FORMS = pytest.mark.parametrize("form", ["scan", "chunked"])
+# The contract holds the two forms together.
+FORMS = pytest.mark.parametrize("form", [pytest.param("scan", marks=pytest.mark.slow), "chunked"])
 MATRIX = (LinearAttention, SimpleGLA, DeltaNet, GatedDeltaNet)
 FAMILY = (*MATRIX, GLA, KDA, DPLR, Comba, DeltaProduct)
 LENGTH = 29

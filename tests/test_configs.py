@@ -72,7 +72,14 @@ def test_the_default_model_can_be_built(path):
 
 
 @pytest.mark.parametrize("cell", cells.names())
-@pytest.mark.parametrize("path", PER_CELL, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem == "forgetting_mqar" else ())
+        for path in PER_CELL  # it has the layers of mqar
+    ],
+    ids=lambda path: path.stem,
+)
 def test_the_model_of_every_cell_can_be_built(path, cell):
     settings = config.load(f"{path}:{cell}")
     assert cell in settings.model.mixers and cell in str(settings.model.layers)

@@ -179,7 +179,7 @@ def repeat(path, leaf):
 @pytest.mark.parametrize(
     "name",
     [
-        *(fast := ("delta_net", "dplr", "comba")),  # every part that is shared
+        *(fast := ("dplr", "comba")),  # every part that is shared
         *(pytest.param(n, marks=pytest.mark.slow) for n in GROUPED if n not in fast),
     ],
 )

@@ -208,7 +208,7 @@ def test_select_equals_indexing():
 @pytest.mark.parametrize(
     "name",
     [
-        *(fast := ("delta_net", "attention", "scanned")),
+        *(fast := ("delta_net", "attention")),
         *(pytest.param(n, marks=pytest.mark.slow) for n in models.FAST if n not in fast),
     ],
 )
@@ -231,7 +231,7 @@ def test_bfloat16_is_off_by_rounding(name):
     assert far <= bound, f"{name}: bfloat16 is {far:.2e} from float32; allowed {bound:.2e}"
 
 
-@pytest.mark.parametrize("name", ["scanned"])
+@pytest.mark.parametrize("name", ["delta_net", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_remat_changes_memory_only(name):
     tokens, results = models.text(), []
     for remat in ("none", "full"):
