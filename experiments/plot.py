@@ -57,7 +57,7 @@ def draw(runs, line, path):
     if line is not None:
         axes.axvline(line, color="0.5", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(runs)), list(runs))
-    axes.invert_yaxis()
+    axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.set_xlabel("query accuracy at the last step; one point a seed, bar: mean")
     axes.grid(axis="x", alpha=0.25)
     figure.savefig(path)
