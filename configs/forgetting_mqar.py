@@ -4,8 +4,8 @@
 
 As configs/mqar.py, but all 8 keys are bound a second time before the queries. A memory that only
 adds keeps both values and answers at most half of the queries; so does attention without positions,
-which cannot tell the two bindings apart. The delta rule removes the first: 0.98 after 500 steps, half
-a minute on a CPU core (experiments/forgetting_mqar).
+which cannot tell the two bindings apart. The delta rule removes the first: 0.98 after 500 steps,
+half a minute on one CPU core (experiments/forgetting_mqar).
 """
 
 from memjax import cells, defaults
