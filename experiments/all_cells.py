@@ -82,11 +82,12 @@ def draw(columns):
         for dtype, marker in (("float32", "o"), ("bfloat16", "x")):
             rows = columns[task, dtype]
             points = [(row[key], i) for i, cell in enumerate(cells) for row in rows.get(cell, [])]
-            axes.plot(*zip(*points, strict=True), marker, alpha=0.7, label=dtype)
+            if points:  # a run may have failed
+                axes.plot(*zip(*points, strict=True), marker, alpha=0.7, label=dtype)
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
     left.set_yticks(range(len(cells)), cells)
-    right.legend()
+    left.legend()
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / "all_cells.png")
 
