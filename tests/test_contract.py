@@ -1,19 +1,15 @@
 """Every registered cell, every form: the contract. Nothing here names a cell.
 
 Fast tests hold every cell to the laws of values, gradients, splits, resets, causality and layout,
-the leaders to that of the default chunk where it differs, and one cell to those of the machinery
-that all share (heads, dtypes, jax's transformations). The other cells' turn at those, variants, and
-the full product of cells, lengths, scenarios and forms, are marked slow. A test covers all forms of
-a cell, which share compiled code.
+and one cell to that of the default chunk and to those of the machinery that all share (heads,
+dtypes, jax's transformations). The other cells' turn at those, variants, and the full product of
+cells, lengths, scenarios and forms, are marked slow. A test covers all forms of a cell, which share
+compiled code.
 """
-
-import itertools
 
 import contract
 import contract_checks as checks
 import pytest
-
-from memjax.cell import MemoryCell
 
 GROUPED_BY = "case"  # tests of one case share compiled code, see conftest.py
 CELLS = contract.cases(variants=False)
@@ -21,31 +17,14 @@ CASES = contract.cases()
 slow = pytest.mark.slow
 
 
-def leaders(cases):
-    """Cells that share a chunked form share most of its code: of each family of several, the fewest
-    cells (found greedily) that have every pair of leaves of inputs that one of the family has."""
-    families = {}
-    for case in cases:
-        own = type(case.cell).chunked is MemoryCell.chunked  # it has none
-        families.setdefault(type(case.cell) if own else type(case.cell).chunked, []).append(case)
-    found = []
-    for family in (family for family in families.values() if len(family) > 1):
-        leaves = {
-            case.name: set(
-                itertools.combinations([(n, f.shape) for n, f in case.fields.items()], 2)
-            )
-            for case in family
-        }
-        wanted = set().union(*leaves.values())
-        while wanted:
-            best = max(family, key=lambda case: len(leaves[case.name] & wanted))
-            wanted -= leaves[best.name]
-            found.append(best)
-    return found
-
-
-LEADERS = leaders(CELLS)
 SHORTEST = [min(CELLS, key=lambda case: len(case.fields))]  # the cell that compiles fastest
+# The first cell with strengths whose default chunk is not the small one.
+CHUNKED = [
+    case
+    for case in CELLS
+    if "rate" in {field.kind for field in case.fields.values()}
+    and contract.small(case) != case._replace(cell=case.spec.cell())
+][:1]
 
 
 def each(cases, fast=CASES):
@@ -87,7 +66,7 @@ def test_one_head(case):
         checks.check_values(case, form, contract.problem(case, 1, 9, heads=1))
 
 
-@each(CELLS, fast=[c for c in LEADERS if contract.small(c) != c._replace(cell=c.spec.cell())][-1:])
+@each(CELLS, fast=CHUNKED)
 def test_default_chunk(case):
     """One plain document: no masks and no state.
 
