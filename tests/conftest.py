@@ -36,6 +36,14 @@ def few_mappings():
             gc.collect()
 
 
+@pytest.fixture
+def exact_products():
+    """Layers' float32 products are exact to float32. Without it a GPU rounds their factors to TF32,
+    about 5e-4; the products of cells name their precision and need nothing."""
+    with sys.modules["jax"].default_matmul_precision("highest"):
+        yield
+
+
 def pytest_collection_modifyitems(items):
     """Puts tests of one cell or model side by side, where the module names the parameter that says
     which: they share compiled code, and pytest-xdist gives neighbours to one worker."""

@@ -123,9 +123,9 @@ def check_unwritten(case: Case, form: str, fill=contract.explicit) -> None:
     contract.assert_identical(out[1], given.state, f"{case.name}, {form}, nothing written")
     _assert_values(case, never, out, f"{form}, nothing written")
     never.reset[:, 2] = True
-    _, state = contract.values(case.cell, form, never)
-    fresh = memjax.initial_state(case.cell, given.params, contract.BATCH, contract.HEADS)
-    contract.assert_identical(state, fresh, f"{case.name}, {form}, emptied, nothing written")
+    started = (never, contract.explicit(case.cell, never._replace(state=None)))
+    emptied = (contract.values(case.cell, form, given)[1] for given in started)
+    contract.assert_identical(*emptied, f"{case.name}, {form}, emptied, nothing written")
 
     out = contract.values(case.cell, form, given)
     written = given.write.reshape(*given.write.shape[:2], -1)[..., 0]  # of all heads

@@ -13,6 +13,7 @@ import pytest
 from contract import distance
 from test_mixers import B, T, build, silu, softplus
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 HEADS, KEY, VALUE, CHUNK = 2, 3, 5, 4
 
 

@@ -13,6 +13,7 @@ from memjax.nn.layers import Context
 from memjax.nn.stack import make_mixer, mixer_names, mixer_options
 from memjax.typing import fields
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 B, T, D = 2, 13, 16
 
 

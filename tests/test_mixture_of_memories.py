@@ -19,6 +19,8 @@ from memjax.nn.stack import make_mixer
 from memjax.wrappers.memory_caching import MemoryCaching
 from memjax.wrappers.mixture_of_memories import MixtureOfMemories, merge
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 @either
 def test_one_memory_is_the_cell_itself(form):

@@ -16,6 +16,7 @@ from memjax.nn.layers import Context, orthogonal
 from memjax.nn.lm import LanguageModel, ModelConfig
 from memjax.train_step import init_params
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 B, T, D = 2, 11, 8
 
 
