@@ -1,7 +1,8 @@
 """Writes the README's table of cells from the registry and the figures of benchmark runs.
 
-State and operations are counted from the cells themselves, at the benchmark's sizes; the times are
-those of the figures.
+State and operations are counted from the cells themselves, at the benchmark's sizes; the times, and
+the peak of temporary memory per token of the chunked form's forward and backward pass, are those of
+the figures.
 
 python -m memjax.benchmark --length=4096 --out=experiments/benchmark/cpu.json
 python -m memjax.readme README.md experiments/benchmark/cpu.json
@@ -28,7 +29,8 @@ LENGTH = 4096
 SIZES = {"batch": 1, "heads": 4, "dim": 64, "chunk": 0}  # what the README says the figures are of
 MICROSECONDS = "scan µs", "chunked µs", "decode µs"
 HEADINGS = (
-    "cell", "what a token does", "state", "kFLOP", *MICROSECONDS, "our choice", "paper",
+    "cell", "what a token does", "state", "kFLOP", *MICROSECONDS, "peak KiB", "our choice",
+    "paper",
 )  # fmt: skip
 
 Records = Sequence[Mapping[str, Any]]
@@ -51,6 +53,7 @@ def rows(records: Records) -> Iterator[list[str]]:
             *(number(found[f]["both_ms"] if f in found else None, LENGTH / 1e3, "{:.1f}")
               for f in ("scan", "chunked")),
             number(min(decode, default=None), 1, "{:.0f}"),
+            number(found.get("chunked", {}).get("peak_bytes"), LENGTH * 1024, "{:.0f}"),
             spec.choice or "-",
             link(spec.paper),
         ]  # fmt: skip

@@ -102,6 +102,20 @@ def test_records():
     assert len({len(line) for line in lines}) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", benchmark.distinct(cells.names()))
+def test_twice_the_tokens_take_twice_the_memory(name):
+    """Temporary memory of the chunked form, forward and backward, as the README says."""
+    few, many = (chunked_peak(cells.get(name), length) for length in (2048, 4096))
+    assert 0 < many <= 2.1 * few
+
+
+def chunked_peak(spec, length):
+    cell, params, xs = workload.problem(spec, Shape(length=length))
+    _, sizes = benchmark.compile_both(cell, "chunked", params, xs)
+    return sizes["both_ms"][1]
+
+
 def test_what_is_too_large_is_not_timed():
     records = benchmark.measure(cells.get("delta_net"), TINY, ["chunked"], 1, limit=0)
     (record,) = records
