@@ -9,7 +9,8 @@ floating-point operations (see `memjax.cost`) of forward and backward, and bytes
 state. A form whose values or gradients are further from `scan` than max(1e-5, 3 x scan's own
 distance from float64) is refused (on at most 256 tokens, see `memjax.workload`).
 
-`--out` also draws the times against the length. `--peers` runs the same work in other libraries
+`--out` holds the figures of each cell as soon as it is measured, and draws the times against the
+length at the end. `--peers` runs the same work in other libraries
 (`pip install -e '.[peers]'`), whole layers of theirs beside ours among it. `--record` keeps the
 order of the forms for `implementation=None`.
 """
@@ -376,6 +377,10 @@ def main(argv: Sequence[str]) -> None:
         except UserError as err:  # the others' figures are kept
             say(f"refused: {err}")
             refused.append(str(err))
+        if given.out and records:  # at once: an interrupted run keeps them too
+            with user_errors(f"--out={given.out}", OSError):
+                text = json.dumps({**about, "records": records}, indent=2) + "\n"
+                write_text(given.out, text)
     if not records:
         raise UserError(
             "\n".join(dict.fromkeys(refused))
@@ -389,7 +394,6 @@ def main(argv: Sequence[str]) -> None:
         write_text(str(forms.PATH), json.dumps(kept, indent=1) + "\n")
     if given.out:
         with user_errors(f"--out={given.out}", OSError):
-            write_text(given.out, json.dumps({**about, "records": records}, indent=2) + "\n")
             draw(records, picture)
     if refused:
         raise UserError("\n".join(dict.fromkeys(refused)))

@@ -207,6 +207,23 @@ def test_command(tmp_path):
     assert done.stdout.splitlines()[1].split()[:2] == ["cell", "form"]
 
 
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, monkeypatch):
+    out, values = tmp_path / "figures.json", flags.FlagValues()
+    benchmark.define_flags(values)
+    values(["", "--cells=delta_net", "--length=5,1", f"--out={out}"])
+    monkeypatch.setattr(flags, "FLAGS", values)
+
+    def measure(spec, shape, *_):
+        if shape.length == 1:
+            raise KeyboardInterrupt
+        return [{"length": 5}]
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([""])
+    assert json.loads(out.read_text(encoding="utf-8"))["records"] == [{"length": 5}]
+
+
 @pytest.mark.parametrize("out", ["nowhere/x.json", "x.png"])
 def test_a_file_that_cannot_be_written_is_refused_at_once(out):
     done = command("--cells=delta_net", f"--out={out}")
