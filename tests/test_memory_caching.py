@@ -49,6 +49,19 @@ def test_residual_of_checkpoints_counts_every_memory_that_holds_a_token(form):
     assert distance(answers(cell, form, given)[:, :, 0], expected) < 1e-6
 
 
+@pytest.mark.parametrize(("segmentation", "segment"), [("constant", 5), ("logarithmic", 2)])
+def test_the_forms_agree_to_float64_and_free_slots_pass_on_what_they_hold(segmentation, segment):
+    """Also the gradients of slots that hold no segment, which carry those of the learned start."""
+    sizes = dict(segment=segment, slots=3, segmentation=segmentation)
+    cell = MemoryCaching(LINEAR, "grm", start="independent", **sizes)
+    for length in (1, 3):
+        given = given_for(cell, length=length, state=True, masks=True)
+        given = given._replace(xs=cell.inputs(*given.xs))
+        scan, chunked = (contract.evaluate(cell, form, given, np.float64) for form in FORMS)
+        for name, floor in contract.floors(scan).items():
+            assert distance(chunked[name], scan[name], floor) < 1e-12, name
+
+
 @either
 def test_equal_gates_are_the_residual_mean(form):
     grm = MemoryCaching(DELTA, "grm", segment=4, slots=8)

@@ -157,6 +157,23 @@ def test_unit_lower_inverse_gradient():
     assert contract.distance(grad, exact) < 1e-5
 
 
+def test_a_chunk_of_one_token_has_gradients_inside_a_loop():
+    """Its inverse is a constant, whose custom derivative jax 0.12 cannot batch there."""
+    beta, values = np.float32([[[0.5, 2.0]]]), np.ones((1, 1, 2), np.float32)  # [T, B, H]
+
+    def corrected(beta, value):
+        inverse = unit_lower_inverse(beta * jnp.zeros((1, 1, 1), jnp.float32))
+        return jnp.sum(inverse * jnp.reshape(beta, (1, 1))[:, None, :] * value)
+
+    def loss(beta):
+        def body(carry, inputs):
+            return carry, jax.vmap(jax.vmap(corrected))(*inputs)
+
+        return jnp.sum(jax.lax.scan(body, 0.0, (beta, values))[1])
+
+    assert np.array_equal(jax.jit(jax.grad(loss))(beta), values)
+
+
 def test_unit_lower_inverse_refuses_other_sizes():
     with pytest.raises(ValueError, match="C must be a power of two; given 12"):
         unit_lower_inverse(jnp.zeros((12, 12)))

@@ -269,7 +269,6 @@ def _exp(mask, exponent):
     return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
 
-@jax.custom_jvp
 def unit_lower_inverse(lower: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
     """(I + lower)^-1 for strictly lower triangular matrices, C a power of two.
 
@@ -281,11 +280,19 @@ def unit_lower_inverse(lower: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
     size = lower.shape[-1]
     if size & (size - 1):
         raise ValueError(f"unit_lower_inverse: C must be a power of two; given {size}")
+    if size == 1:  # jax cannot batch the derivative below where the answer is a constant
+        return jnp.ones_like(lower)
+    return _inverse(lower)
+
+
+@jax.custom_jvp
+def _inverse(lower: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
+    size = lower.shape[-1]
     if size <= 16:
         return _small_inverse(lower)
     half = size // 2
     first, second = lower[..., :half, :half], lower[..., half:, half:]
-    first, second = unit_lower_inverse(jnp.stack([first, second]))
+    first, second = _inverse(jnp.stack([first, second]))
     join = -dot("...ij,...jk,...kl->...il", second, lower[..., half:, :half], first)
     above = jnp.zeros_like(join)
     return jnp.block([[first, above], [join, second]])
@@ -303,8 +310,8 @@ def _small_inverse(lower: Float[Array, "*N C C"]) -> Float[Array, "*N C C"]:
     return inverse
 
 
-@unit_lower_inverse.defjvp
+@_inverse.defjvp
 def _(primals, tangents):
-    inverse = unit_lower_inverse(*primals)
+    inverse = _inverse(*primals)
     change = jnp.tril(tangents[0], -1)
     return inverse, -dot("...ij,...jk,...kl->...il", inverse, change, inverse)

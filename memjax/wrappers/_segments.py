@@ -88,7 +88,7 @@ def chunked(cell, params, state, xs, reset, write):
     dtype, heads = accumulator_dtype(params, state, xs), memories(params, state, xs)
     output, (batch, length) = jax.tree.leaves(xs)[0].dtype, jax.tree.leaves(xs)[0].shape[:2]
     params, xs = promote((params, xs), dtype)
-    start = initial_state(cell, params, batch, heads, dtype)
+    begin = start = initial_state(cell, params, batch, heads, dtype)
     written = jnp.ones((batch, length, heads), bool)
     if write is not None:
         write = write.reshape(batch, length, -1)
@@ -96,11 +96,12 @@ def chunked(cell, params, state, xs, reset, write):
     if state is None and reset is None and write is None:
         y, marks, entries, last = aligned(cell, params, start, xs, written)
     else:
-        begin = start if state is None else state
+        begin = begin if state is None else state
         y, marks, entries, last = windows(cell, params, start, begin, xs, reset, written)
         if state is not None:
             entries = held(cell, state).join(entries)
-    _, final = state_behind(cell, params, (last, entries), (marks.document,), None, None)
+    slots = begin.kept, begin.keys, begin.number
+    _, final = state_behind(cell, params, (last, entries, slots), (marks.document,), None, None)
     y, _ = read_all(cell, params, entries, (xs, y, marks), None, None)
     return y.astype(output), final
 
@@ -230,15 +231,18 @@ def mark(cell, params, counts: Counts, keys, reset, written):
 @per_head
 def state_behind(cell, params, given, document, reset, write):
     """The state behind the sequence."""
-    (running, counts), entries = given
+    (running, counts), entries, (*slots, number) = given
     fresh = cell.fresh(params, counts.total.dtype)
     there = (entries.size > 0) & (entries.document == counts.document)
-    held, free = (entries.kept, entries.keys), (fresh.kept, fresh.keys)
+    untouched = untouched_slots(cell, number, counts)
+    held = entries.kept, entries.keys
+    free = select(untouched, tuple(slots), (fresh.kept, fresh.keys))
     if cell.segmentation == "constant":
         wanted = cell.firsts(counts.number)[:, None]
         take = there & (entries.first == wanted) & (wanted >= 0)
-        index = jnp.argmax(jnp.pad(take, ((0, 0), (0, 1)), constant_values=True), axis=1)
-        kept, keys = jax.tree.map(lambda a, b: jnp.concatenate([a, b[:1]])[index], held, free)
+        ones = jnp.eye(cell.slots, dtype=bool)  # the free slots stand behind all entries
+        index = jnp.argmax(jnp.concatenate([take, ones], axis=1), axis=1)
+        kept, keys = jax.tree.map(lambda a, b: jnp.concatenate([a, b])[index], held, free)
     else:
         level = level_of(cell, counts.number, entries.first)
         take = there & (level == jnp.arange(cell.slots)[:, None])
@@ -253,9 +257,19 @@ def state_behind(cell, params, given, document, reset, write):
     return document, Caches(running, kept, keys, counts.total, counts.place, counts.number)
 
 
+def untouched_slots(cell, number, counts: Counts) -> Bool[Array, " N"]:
+    """Those that the sequence did not empty, when it began behind `number` segments."""
+    running = counts.document == 0
+    if cell.segmentation == "constant":
+        return jnp.full(cell.slots, running)
+    carries = jnp.arange(1, cell.slots + 1)  # out of a slot: what empties it
+    return running & (counts.number >> carries == number >> carries)
+
+
 def level_of(cell, number, first):
     """The slot of a segment among `number` past ones, for logarithmic segments."""
-    return jnp.minimum(31 - lax.clz(number ^ first), cell.slots - 1)
+    differ = (number ^ first).astype(jnp.int32)  # `first` is wider where float64 is allowed
+    return jnp.minimum(31 - lax.clz(differ), cell.slots - 1)
 
 
 @per_head
