@@ -75,11 +75,18 @@ def check_split(case: Case, first: str, second: str, length: int, points) -> Non
     """x[:t] in one form, then x[t:] in another from the state it leaves, equals x."""
     given = contract.problem(case, 2, length)
     for point in points:
-        head, state = contract.values(case.cell, first, _part(given, slice(0, point)))
+        head, state = _piece(case.cell, first, _part(given, slice(0, point)))
         rest = _part(given, slice(point, length))._replace(state=state)
-        tail, state = contract.values(case.cell, second, rest)
+        tail, state = _piece(case.cell, second, rest)
         out = np.concatenate([head, tail], axis=1), state
         _assert_values(case, given, out, f"{first} to token {point}, then {second}")
+
+
+def _piece(cell, form, given):
+    """(y, state); those of `scan` by one compilation for all lengths."""
+    if form == "scan":
+        return contract.scanned_values(cell, given)
+    return contract.values(cell, form, given)
 
 
 def check_decode(case: Case, form: str, length: int, prompt: int) -> None:
@@ -195,7 +202,8 @@ def check_causality(case: Case, form: str, scenario: str = "random") -> None:
     document = np.cumsum(given.reset, axis=1)
     past = np.tri(length, dtype=bool)[:, None, :]
     past = past & (document.T[:, :, None] == document[None])  # [S, B, T]
-    own, asked = np.eye(length, dtype=bool)[:, None, :], False
+    own = np.eye(length, dtype=bool)[:, None, :]
+    asked = not any(field.asks for field in case.fields.values())
     for name, gradient in zip(given.xs._fields, gradients, strict=True):
         what = f"{case.name}, {form}: gradient of {name}"
         assert np.isfinite(gradient).all(), f"{what} is not finite"

@@ -127,8 +127,14 @@ def test_slope(case):
     checks.check_slope(case)
 
 
+def lengths(case):
+    """All of a cell; one token and the longest of its variants."""
+    every = contract.lengths(case.cell)
+    return every if case in CELLS else [every[0], every[-1]]
+
+
 @slow
-@each_form(CASES, compared, length=lambda case: contract.lengths(case.cell))
+@each_form(CASES, compared, length=lengths)
 def test_every_length_and_scenario(case, form, length):
     for scenario in contract.scenarios(case):
         checks.check_forms(case, form, contract.problem(case, 3, length, scenario))
@@ -163,7 +169,7 @@ def test_every_law(case, form):
     checks.check_float64(case, form)
     if form not in compared(case):
         checks.check_causality(case, form)
-    for counts in ((1, 2, 4), (2, 4), (1,)):
+    for counts in ((1, 2, 4), (1,)):
         checks.check_shared_heads(case, form, counts)
 
 
@@ -171,7 +177,6 @@ def test_every_law(case, form):
 @each_form(CELLS, compared, scenario=contract.scenarios)
 def test_every_scenario_in_long_chunks(case, form, scenario):
     for cell in (case.spec.cell(), contract.small(case, 64).cell):
-        for masks in (False, True):
-            given = contract.problem(case, 4, 197, scenario, masks=masks)
-            case = case._replace(cell=cell)
-            checks.check_forms(case, form, given, scenario == "equal", optimised=True)
+        given = contract.problem(case, 4, 197, scenario)
+        case = case._replace(cell=cell)
+        checks.check_forms(case, form, given, scenario == "equal", optimised=True)

@@ -302,7 +302,7 @@ class GradientMemory(MemoryCell):
         pushed: Any = None
         if momentum is not None:
             pushing, pushed = decay(x.m, use, same)
-            push, pushed = dot("tj,ji->ti", pushing, push), pushed * live
+            push, pushed = times(pushing, push), pushed * live
             momentum = tuple(
                 pushed[-1] * z - dot("im,i,in->mn", h, push[-1], d)
                 for z, h, d in zip(momentum, *learnt, strict=True)
@@ -322,7 +322,7 @@ class GradientMemory(MemoryCell):
             return y, tuple(w[-1] for w in every), momentum
         if momentum is not None:
             starts.append((dot("tj,j->t", fading, pushed), state.momentum))
-        step = dot("tj,ji->ti", fading, push)
+        step = times(fading, push)
 
         def multiply(layer, x):
             h, d = learnt[0][layer], learnt[1][layer]
@@ -338,6 +338,11 @@ class GradientMemory(MemoryCell):
         return self.apply(multiply, x.q), tuple(weights), momentum
 
 
+def times(factor: Float[Array, "C C"], rates: Float[Array, "C *P"]) -> Float[Array, "C P"]:
+    """factor R, with the diagonal of R where that is all it has."""
+    return factor * rates if rates.ndim == 1 else dot("tj,ji->ti", factor, rates)
+
+
 def decay(
     g: Float[Array, " C"], use: Bool[Array, " C"], visible: Bool[Array, "C C"]
 ) -> tuple[Float[Array, "C C"], Float[Array, " C"]]:
@@ -345,8 +350,8 @@ def decay(
     terms of `use` alone count. Each exponent is the sum of just its terms."""
     g = jnp.where(use, jnp.maximum(g, -1e4), 0)  # exp is zero there; -inf would meet 0
     lower = jnp.tril(jnp.ones((len(g), len(g)), bool))
-    after = jnp.where(lower & ~jnp.eye(len(g), dtype=bool), g[:, None], 0)  # l > j
-    through = jnp.where(visible, dot("il,lj->ij", lower, after), -jnp.inf)
+    after = jnp.where(lower.T & ~jnp.eye(len(g), dtype=bool), g, 0)  # [j, l], l > j
+    through = jnp.where(visible, dot("jl,il->ij", after, lower), -jnp.inf)
     return jnp.exp(through), jnp.exp(dot("tj,j->t", visible, g))
 
 
@@ -394,6 +399,8 @@ class Window(NamedTuple):
     def rates(self, r: Float[Array, "C c"], use: Bool[Array, " C"]) -> Float[Array, "C P"]:
         """R of the module's docstring, zero for tokens that do not learn."""
         age, context = self.age(self.rank, self.document), r.shape[1]
+        if context == 1:
+            return jnp.where(use, r[:, 0], 0)
         chosen = jnp.take_along_axis(r, jnp.clip(age, 0, context - 1), axis=1)
         return jnp.where((age >= 0) & (age < context) & use[:, None], chosen, 0)
 

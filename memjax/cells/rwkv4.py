@@ -42,7 +42,7 @@ from memjax.recurrence import (
 from memjax.registry import CellSpec, ChannelSpec, register
 from memjax.typing import Array, Bool, DTypeLike, Field, Float, PyTree
 
-EMPTY = -1e38  # the exponent of nothing; -inf - (-inf) would be NaN
+EMPTY = -(2.0**126)  # the exponent of nothing, exact in all types; -inf - (-inf) would be NaN
 
 
 class Inputs(NamedTuple):
