@@ -141,8 +141,9 @@ def check_unwritten(case: Case, form: str, fill=contract.explicit) -> None:
     _assert_values(case, never, out, f"{form}, nothing written")
     never.reset[:, 2] = True
     started = (never, contract.explicit(case.cell, never._replace(state=None)))
-    emptied = (contract.values(case.cell, form, given)[1] for given in started)
-    contract.assert_identical(*emptied, f"{case.name}, {form}, emptied, nothing written")
+    out, other = (contract.values(case.cell, form, given) for given in started)
+    _assert_values(case, never, out, f"{form}, emptied, nothing written")
+    contract.assert_identical(out[1], other[1], f"{case.name}, {form}, emptied, nothing written")
 
     out = contract.values(case.cell, form, given)
     written = given.write.reshape(*given.write.shape[:2], -1)[..., 0]  # of all heads

@@ -339,7 +339,7 @@ class GradientMemory(MemoryCell):
 
 
 def times(factor: Float[Array, "C C"], rates: Float[Array, "C *P"]) -> Float[Array, "C P"]:
-    """factor R, with the diagonal of R where that is all it has."""
+    """factor R, R by its diagonal where that is all it has."""
     return factor * rates if rates.ndim == 1 else dot("tj,ji->ti", factor, rates)
 
 
@@ -396,8 +396,8 @@ class Window(NamedTuple):
         seen = self.there & (document[:, None] == self.document_of_pairs())
         return jnp.where(seen, jnp.maximum(rank[:, None] - ranks, -1), -1)
 
-    def rates(self, r: Float[Array, "C c"], use: Bool[Array, " C"]) -> Float[Array, "C P"]:
-        """R of the module's docstring, zero for tokens that do not learn."""
+    def rates(self, r: Float[Array, "C c"], use: Bool[Array, " C"]) -> Float[Array, "C *P"]:
+        """R of the module's docstring, zero for tokens that do not learn; its diagonal if c = 1."""
         age, context = self.age(self.rank, self.document), r.shape[1]
         if context == 1:
             return jnp.where(use, r[:, 0], 0)
