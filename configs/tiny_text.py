@@ -2,7 +2,7 @@
 
     python -m memjax.train --config=configs/tiny_text.py:gated_delta_net --workdir=runs/tiny_text
 
-One layer of the cell at its default options and one MLP, width 64, 500 steps of 4 x 256 bytes. The
+One layer of the cell at its default options and one MLP, width 64, 500 steps of 2 x 256 bytes. The
 argument names a cell as in configs/mqar.py. experiments/all_cells.py compares the cells by it.
 """
 
@@ -25,7 +25,7 @@ def get_config(arg=None):
         dim=64,
         std=0.125,  # 1 / sqrt(width)
     )
-    config.batch = 4
+    config.batch = 2
     config.checkpoint.every = 100
     config.seed, config.steps, config.optim.lr = arg.seed, arg.steps, arg.lr
     return config

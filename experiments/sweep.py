@@ -6,7 +6,8 @@
 
 The task is the name of a config in configs/ and of a folder beside this file, where results.jsonl
 is written, a row for each run. Runs that are finished are kept, interrupted ones continue; one that
-fails is named and left out. dtype: of the activations.
+fails is named and left out. dtype: of the activations. What is compiled for a cell's first seed
+serves the others (runs/compiled).
 """
 
 import argparse
@@ -72,9 +73,10 @@ def train(given, cell, seed):
         command = (sys.executable, "-m", "memjax.train", f"--workdir={workdir}")
         config = f"--config=configs/{given.task}.py:{cell},seed={seed}{steps}"
         alone = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} if given.jobs > 1 else {}
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "compiled")}
         workdir.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{workdir}.log", "a", encoding="utf-8") as log:
-            environment = {**os.environ, **alone}
+            environment = {**compiled, **os.environ, **alone}
             done = subprocess.run(
                 [*command, config, f"--config.model.dtype={given.dtype}"],
                 cwd=ROOT,
