@@ -350,7 +350,7 @@ def decay(
     terms of `use` alone count. Each exponent is the sum of just its terms."""
     g = jnp.where(use, jnp.maximum(g, -1e4), 0)  # exp is zero there; -inf would meet 0
     lower = jnp.tril(jnp.ones((len(g), len(g)), bool))
-    after = jnp.where(lower.T & ~jnp.eye(len(g), dtype=bool), g, 0)  # [j, l], l > j
+    after = jnp.where(~lower, g, 0)  # [j, l], l > j
     through = jnp.where(visible, dot("jl,il->ij", after, lower), -jnp.inf)
     return jnp.exp(through), jnp.exp(dot("tj,j->t", visible, g))
 
@@ -398,9 +398,10 @@ class Window(NamedTuple):
 
     def rates(self, r: Float[Array, "C c"], use: Bool[Array, " C"]) -> Float[Array, "C *P"]:
         """R of the module's docstring, zero for tokens that do not learn; its diagonal if c = 1."""
-        age, context = self.age(self.rank, self.document), r.shape[1]
+        context = r.shape[1]
         if context == 1:
             return jnp.where(use, r[:, 0], 0)
+        age = self.age(self.rank, self.document)
         chosen = jnp.take_along_axis(r, jnp.clip(age, 0, context - 1), axis=1)
         return jnp.where((age >= 0) & (age < context) & use[:, None], chosen, 0)
 
