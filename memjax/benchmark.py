@@ -35,6 +35,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import memjax
 from memjax import cells, cost, forms, peers
@@ -325,7 +326,7 @@ def chosen(
 
 
 def draw(records: Sequence[dict[str, Any]], path: str) -> None:
-    """Microseconds per token against the length, one line for each cell and form, as a PNG."""
+    """A PNG of microseconds per token by length: a colour for each cell, a style for each form."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(dict.fromkeys(r["cell"] for r in records), itertools.cycle(COLORS)))
@@ -340,11 +341,13 @@ def draw(records: Sequence[dict[str, Any]], path: str) -> None:
             ]
             if not points:  # too large at every length
                 continue
-            label = f"{cell}, {form}"
-            ax.plot(*zip(*points, strict=True), styles[form], color=colors[cell], label=label)
+            ax.plot(*zip(*points, strict=True), styles[form], color=colors[cell])
         ax.set(title=title, xlabel="tokens", xscale="log", yscale="log")
     axes[0].set_ylabel("microseconds per token")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    keys = [Line2D([], [], color=colors[cell], label=cell) for cell in colors]
+    for form, style in styles.items():
+        keys += axes[0].plot([], [], style, color="black", label=form)
+    figure.legend(handles=keys, loc="outside right center", fontsize=8)
     FigureCanvasAgg(figure).print_png(path)
 
 

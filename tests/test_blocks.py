@@ -140,6 +140,7 @@ def test_base_conv_equals_its_equation():
 
 
 @pytest.mark.parametrize("combine", ["parallel", "sequential"])
+@pytest.mark.usefixtures("exact_products")
 def test_hybrid_equals_its_equation(combine):
     x = np.random.default_rng(1).normal(size=(2, 7, 8)).astype(np.float32)
     options = {"hybrid": {"combine": combine}, "sliding_window": {"heads": 2, "window": 3}}

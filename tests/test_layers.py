@@ -11,6 +11,7 @@ from memjax.nn import layers
 from memjax.nn.block import SwiGLU
 from memjax.nn.layers import Context
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 KEY = jax.random.key(0)
 
 

@@ -16,6 +16,7 @@ from models import BATCH, LENGTH, VOCAB
 from memjax.nn.lm import LanguageModel, capacity, initial_state
 from memjax.recurrence import positions
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 GROUPED_BY = "name"  # tests of one model share compiled code, see conftest.py
 BORDER = 5  # where the plain tests split; the parts are alike and share their compilations
 
