@@ -117,7 +117,8 @@ def test_shared_heads(case):
         checks.check_shared_heads(case, form)
 
 
-@each(CASES, fast=CELLS)
+@pytest.mark.slow
+@each(CASES)
 def test_layout(case):
     checks.check_layout(case)
 

@@ -105,6 +105,7 @@ def test_mamba2_is_its_papers_layer():
     assert inputs_of(module, params, x, ctx).k.shape == (B, T, 2, 5)  # not repeated
 
 
+@pytest.mark.slow
 def test_the_learners_gates_start_where_their_docstrings_say():
     """With nothing but biases, and inside the region that keeps one constant key stable."""
     module, params, x, ctx = build("titans", heads=2, frozen_chunk=4)

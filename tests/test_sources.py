@@ -108,6 +108,7 @@ def test_a_package_that_is_missing_is_named():
         tokens.optional("no_such.module", "x")
 
 
+@pytest.mark.slow
 def test_a_run_on_byte_pairs_trains_and_writes_text(bpe, tmp_path):
     settings = runs.text(tmp_path, steps=3, **{"data.bpe": 300, "model.vocab": 300})
     settings["optim.warmup"] = 1
