@@ -117,8 +117,7 @@ def test_shared_heads(case):
         checks.check_shared_heads(case, form)
 
 
-@pytest.mark.slow
-@each(CASES)
+@each(CASES, fast=())
 def test_layout(case):
     checks.check_layout(case)
 
