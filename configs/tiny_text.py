@@ -26,6 +26,7 @@ def get_config(arg=None):
         std=0.125,  # 1 / sqrt(width)
     )
     config.batch = 2
-    config.checkpoint.every = 100
+    config.eval.sample = 0  # takes longer to compile than most of these models to train
+    config.checkpoint.every = 250
     config.seed, config.steps, config.optim.lr = arg.seed, arg.steps, arg.lr
     return config

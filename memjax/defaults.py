@@ -52,7 +52,8 @@ def config(
             "b2": 0.95,
         }
     )
-    settings.eval = ConfigDict({"every": 0, "batches": 8})  # 0: at the end only
+    # every 0: at the end only; sample: tokens of text that are drawn then, 0 for none
+    settings.eval = ConfigDict({"every": 0, "batches": 8, "sample": 300})
     settings.checkpoint = ConfigDict({"every": 1000, "keep": 2})
     settings.log = ConfigDict({"every": 20, "tensorboard": False, "wandb": False})
     settings.mesh = ConfigDict({"data": 1, "fsdp": -1})

@@ -229,6 +229,20 @@ def _linear_scan_backward(size, kept, slope):
 linear_scan.defvjp(_linear_scan_forward, _linear_scan_backward)
 
 
+@jax.custom_batching.custom_vmap
+def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether the flag is set for any of what `vmap` maps over, sequences and heads.
+
+    On it a `lax.cond` stays one under `vmap`, which makes a computation of both branches of others.
+    """
+    return flag
+
+
+@anywhere.def_vmap
+def _anywhere(size, mapped, flag):
+    return anywhere(jnp.any(flag)), False
+
+
 class Phases(NamedTuple):
     """How a window of at most C tokens lies to the frozen chunks of its documents.
 
@@ -261,6 +275,11 @@ class Phases(NamedTuple):
     def second(self) -> Bool[Array, " C"]:
         """Tokens that are written in the second pass."""
         return self.written & ~self.before
+
+    def unless_done(self, second: Callable[..., PyTree], first: PyTree) -> PyTree:
+        """second(*first), the second pass, or `first` itself where no sequence of the batch has a
+        token behind a border."""
+        return lax.cond(anywhere(~jnp.all(self.before)), second, lambda *given: given, *first)
 
     def number(self) -> Int[Array, ""]:
         """Written tokens of the last document in the window."""

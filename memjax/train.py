@@ -160,8 +160,10 @@ def _train(settings, workdir, stopped):
             show.note("evaluating")
             summary |= evaluate_once(workdir, evaluate, step, None)
             summary |= {"finished": True, "baselines": run.data.baselines()}
-            if run.data.bytes_per_token:
-                summary["sample"] = sample_text(run.model, state.params, run.data.tokeniser)
+            if run.data.bytes_per_token and settings.eval.sample:
+                summary["sample"] = sample_text(
+                    run.model, state.params, run.data.tokeniser, settings.eval.sample
+                )
     metrics.write_json(os.path.join(workdir, "summary.json"), summary)
     progress.plot_loss(
         os.path.join(workdir, "metrics.jsonl"),
@@ -174,15 +176,24 @@ def _train(settings, workdir, stopped):
     return summary
 
 
+# The lowest values of settings that count steps, batches or tokens, and what a zero means.
+LOWEST = {
+    "checkpoint.every": (1, ""),
+    "checkpoint.keep": (1, ""),
+    "log.every": (1, ""),
+    "eval.every": (0, "; 0 evaluates at the end only"),
+    "eval.batches": (1, ""),
+    "eval.sample": (0, "; 0 draws none"),
+}
+
+
 def check_intervals(settings: Any) -> None:
-    """Raises UserError for an interval that the loop cannot keep, before anything is written."""
-    lowest = {"checkpoint.every": 1, "checkpoint.keep": 1, "log.every": 1}
-    for name, low in {**lowest, "eval.every": 0, "eval.batches": 1}.items():
+    """Raises UserError for a number that the loop cannot keep, before anything is written."""
+    for name, (low, zero) in LOWEST.items():
         section, field = name.split(".")
         value = settings[section][field]
         if value < low:
-            never = "; 0 evaluates at the end only" if low == 0 else ""
-            raise config.UserError(f"config.{name}={value}: must be at least {low}{never}")
+            raise config.UserError(f"config.{name}={value}: must be at least {low}{zero}")
 
 
 def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:
@@ -193,7 +204,7 @@ def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:
     return evaluate(step, limit)
 
 
-def sample_text(model, params, tokeniser, length: int = 300) -> str:
+def sample_text(model, params, tokeniser, length: int) -> str:
     """What the model writes from the start of a document."""
     room = capacity(model.config)
     length = length if room is None else min(length, room - 1)  # the document's start is a token

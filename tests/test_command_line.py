@@ -88,6 +88,7 @@ MISTAKES = {
     "--config.checkpoint.every=0": ["checkpoint.every=0", "at least 1"],
     "--config.eval.batches=0": ["eval.batches=0", "at least 1"],
     "--config.eval.every=-1": ["eval.every=-1", "0 evaluates at the end only"],
+    "--config.eval.sample=-1": ["eval.sample=-1", "0 draws none"],
 }
 SOURCES = {
     "configs/mqra.py": ["mqar.py, quickstart.py", "Did you mean 'configs/mqar.py'?"],

@@ -75,8 +75,8 @@ def test_the_default_model_can_be_built(path):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=pytest.mark.slow if path.stem == "forgetting_mqar" else ())
-        for path in PER_CELL  # it has the layers of mqar
+        pytest.param(path, marks=() if path.stem == "mqar" else pytest.mark.slow)
+        for path in PER_CELL
     ],
     ids=lambda path: path.stem,
 )

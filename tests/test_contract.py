@@ -85,7 +85,6 @@ def test_default_chunk(case):
 def test_split_and_decode(case):
     for form in contract.forms(case):
         checks.check_split(case, form, form, 16, (5, 11))
-        checks.check_split(case, "scan", form, 16, (5,))
         checks.check_decode(case, form, 16, 11)
 
 

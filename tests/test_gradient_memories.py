@@ -230,6 +230,30 @@ def test_newton_schulz():
         assert np.isfinite(jax.grad(lambda x: f(x).sum())(np.zeros((6, 4)))).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3), (2, 4, 4)])
+def test_derivatives_of_newton_schulz_are_those_of_its_polynomial(shape):
+    """Forwards and backwards, against plain differentiation of X (a + b S + c S S), S = X^T X."""
+
+    def plain(x):
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = x / jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+        for _ in range(5):
+            s = x.mT @ x
+            x = x @ (a * jnp.eye(s.shape[-1]) + b * s + c * s @ s)
+        return x
+
+    rng = np.random.default_rng(1)
+    x, tangent, cotangent = rng.normal(size=(3, *shape))
+    with contract.x64(True):
+        y, moved = jax.jvp(lambda x: orthogonalise(x, 5), (x,), (tangent,))
+        expected, expected_moved = jax.jvp(plain, (x,), (tangent,))
+        assert distance(y, expected) < 1e-11 and distance(moved, expected_moved) < 1e-10
+        (back,), (expected_back,) = (
+            jax.vjp(f, x)[1](cotangent) for f in (lambda x: orthogonalise(x, 5), plain)
+        )
+        assert distance(back, expected_back) < 1e-10
+
+
 def test_polynomial_features_have_the_kernel():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 7, 5))

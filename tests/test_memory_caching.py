@@ -49,10 +49,8 @@ def test_residual_of_checkpoints_counts_every_memory_that_holds_a_token(form):
     assert distance(answers(cell, form, given)[:, :, 0], expected) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("segmentation", "segment"),
-    [("logarithmic", 2), pytest.param("constant", 5, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("segmentation", "segment"), [("logarithmic", 2), ("constant", 5)])
 def test_the_forms_agree_to_float64_and_free_slots_pass_on_what_they_hold(segmentation, segment):
     """Also the gradients of slots that hold no segment, which carry those of the learned start."""
     sizes = dict(segment=segment, slots=3, segmentation=segmentation)

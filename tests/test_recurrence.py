@@ -121,6 +121,27 @@ def test_chunks_pad_with_zeros_and_join():
     assert recurrence.to_chunks((None, x), 7)[0] is None
 
 
+def test_a_second_pass_is_made_where_a_sequence_needs_it():
+    """A condition over all of a batch: one `cond` under two `vmap`s, in gradients too; right when
+    one sequence of many is behind a border, and not made when none is."""
+
+    def window(x, before):
+        phases = recurrence.Phases(2, None, None, None, before)
+        return phases.unless_done(lambda y: (jnp.where(before, y, jnp.sin(1 / y)),), (x,))[0].sum()
+
+    mapped = jax.vmap(jax.vmap(jax.value_and_grad(window)))
+    x = np.ones((3, 2, 4), np.float32)
+    x[0] = 0  # sin(1 / 0) is not a number, and is not computed
+    before = np.ones((3, 2, 4), bool)
+    whole = mapped(x, before)
+    assert np.array_equal(whole[0], x.sum(-1)) and np.array_equal(whole[1], np.ones_like(x))
+    before[2, 1, 3:] = False
+    value, slope = mapped(x + 1, before)
+    assert np.allclose(value[2, 1], 6 + np.sin(1 / 2)) and np.allclose(value[2, 0], 8)
+    assert np.allclose(slope[2, 1], [1, 1, 1, -np.cos(1 / 2) / 4])
+    assert " cond[" in str(jax.make_jaxpr(mapped)(x, before))
+
+
 def test_power_of_two_at_least():
     powers = {1: 1, 2: 2, 3: 4, 8: 8, 9: 16, 64: 64, 65: 128}
     assert {n: recurrence.power_of_two_at_least(n) for n in powers} == powers

@@ -50,7 +50,7 @@ def text(folder, **changes) -> dict:
     pages.mkdir(exist_ok=True)
     for name, content in PAGES.items():
         (pages / name).write_text(content, encoding="utf-8")
-    sizes = {"data.length": 16, "data.holdout": 0.45, "model.dim": 16}
+    sizes = {"data.length": 16, "data.holdout": 0.45, "model.dim": 16, "eval.sample": 20}
     return {**COMMON, "data.glob": f"{pages}/*.txt", **sizes, **changes}
 
 

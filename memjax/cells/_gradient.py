@@ -232,7 +232,7 @@ class GradientMemory(MemoryCell):
 
         A window that need not begin with a frozen chunk crosses at most one border of the running
         document's chunks; documents that begin in it all learn from the initial weights. Two passes
-        over the window are then exact: up to the border, and behind it.
+        over the window are then exact: up to the border, and behind it, where there is one.
         """
         dtype = accumulator_dtype(params, state, xs)
         params, output = promote(params, dtype), jax.tree.leaves(xs)[0].dtype
@@ -248,43 +248,36 @@ class GradientMemory(MemoryCell):
         @jax.checkpoint
         def window(state, inputs):
             x, reset, written = inputs
-            if aligned:
-                return self._aligned(state, x, written)
-            return self._window(fresh, state, x, reset, written)
+            return self._window(fresh, state, x, reset, written, aligned)
 
         final, y = lax.scan(window, fresh if state is None else state, chunks)
         return from_chunks(y, length).astype(output), final
 
-    def _aligned(self, state: Learner, x: Terms, written: Bool[Array, " C"]):
-        """A window that is a frozen chunk of one document."""
-        past, base = state.pairs or self.no_pairs(0), state.weights
-        phases = phase_split(self.frozen_chunk, state.place, None, written)
-        whole = Window.of(past, x, phases)
-        learnt = self.gradients(base, whole.k, whole.v)
-        y, weights, momentum = self._pass(state, None, x, whole, written, learnt)
-        place = phases.place(state.place)
-        return Learner(weights, momentum, base, place, state.pairs and whole.kept(past)), y
-
-    def _window(self, fresh: Learner, state: Learner, x: Terms, reset, written):
-        """Any window of at most C tokens."""
+    def _window(self, fresh: Learner, state: Learner, x: Terms, reset, written, aligned: bool):
+        """A window of at most C tokens; `aligned` when it is a frozen chunk of one document."""
         past = state.pairs or self.no_pairs(0)
         phases = phase_split(self.frozen_chunk, state.place, reset, written)
         whole = Window.of(past, x, phases)
-        base = select(state.place == 0, state.weights, state.base)
+        base = state.weights if aligned else select(state.place == 0, state.weights, state.base)
         learnt = self.gradients(base, whole.k, whole.v)
         one = whole._replace(document=jnp.zeros_like(phases.document))
         y, weights, momentum = self._pass(state, None, x, one, phases.first, learnt)
-        base = phases.base(state.base, base, weights, fresh.weights)
-        state = state._replace(weights=weights, momentum=momentum)
-        learnt = select(
-            whole.document_of_pairs() == 0,
-            self.gradients(weights, whole.k, whole.v),
-            self.gradients(fresh.weights, whole.k, whole.v),
-        )
-        later, weights, momentum = self._pass(state, fresh, x, whole, phases.second, learnt)
+
+        def behind(y, weights, momentum):
+            learnt = select(
+                whole.document_of_pairs() == 0,
+                self.gradients(weights, whole.k, whole.v),
+                self.gradients(fresh.weights, whole.k, whole.v),
+            )
+            start = state._replace(weights=weights, momentum=momentum)
+            later, *end = self._pass(start, fresh, x, whole, phases.second, learnt)
+            return jnp.where(phases.before[:, None], y, later), *end
+
+        if not aligned:
+            base = phases.base(state.base, base, weights, fresh.weights)
+            y, weights, momentum = phases.unless_done(behind, (y, weights, momentum))
         place, pairs = phases.place(state.place), state.pairs and whole.kept(past)
-        new = Learner(weights, momentum, base, place, pairs)
-        return new, jnp.where(phases.before[:, None], y, later)
+        return Learner(weights, momentum, base, place, pairs), y
 
     def _pass(self, state, fresh, x, whole, use, learnt):
         """(y, weights and momentum after the last token) when the tokens of `use` alone learn.

@@ -170,12 +170,16 @@ class Lattice(MemoryCell):
         alone = jnp.zeros_like(phases.document)
         y, slots = self._pass(state.slots, None, x, alone, phases.first, self.change(base, x))
         slots = self._retract(slots, state.place + jnp.sum(phases.first))
-        if not aligned:
+
+        def behind(y, slots):
             change = select(phases.live, self.change(slots, x), self.change(fresh.base, x))
             later, end = self._pass(slots, fresh.slots, x, phases.document, phases.second, change)
-            y = jnp.where(phases.before[:, None], y, later)
+            end = select(phases.live[-1], end, self._retract(end, phases.number()))
+            return jnp.where(phases.before[:, None], y, later), end
+
+        if not aligned:
             base = phases.base(state.base, base, slots, fresh.base)
-            slots = select(phases.live[-1], end, self._retract(end, phases.number()))
+            y, slots = phases.unless_done(behind, (y, slots))
         return Slots(slots, base, phases.place(state.place)), y
 
     def _retract(self, slots, number):
