@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -335,12 +335,14 @@ def lags(
     tail: Float[Array, "B n D"],
     reset: Bool[Array, "B T"] | None,
     write: Bool[Array, "B T"] | None,
+    which: Sequence[int] | None = None,
 ) -> tuple[list[Float[Array, "B T D"]], Float[Array, "B n D"]]:
     """The n inputs written before each token in its document, nearest first, and the new tail.
 
-    The one memory of short convolutions and token shifts. tail: the last n written inputs in
-    front of x, oldest first, zeros where the document is shorter. Inputs of other documents and
-    inputs that were not written count as zero and as absent, respectively.
+    The one memory of short convolutions, token shifts and delays. tail: the last n written inputs
+    in front of x, oldest first, zeros where the document is shorter. Inputs of other documents and
+    inputs that were not written count as zero and as absent, respectively. which: the lags that
+    are wanted, of 1 to n; None for all.
     """
     batch, length, _ = x.shape
     n = tail.shape[1]
@@ -367,7 +369,7 @@ def lags(
     index = after[:, -1:] - n + jnp.arange(n)
     new_tail = jnp.take_along_axis(line, index[..., None], axis=1)
     new_tail = jnp.where((index >= first[:, -1:])[..., None], new_tail, 0)
-    return [lag(j) for j in range(1, n + 1)], new_tail
+    return [lag(j) for j in which or range(1, n + 1)], new_tail
 
 
 def power_of_two_at_least(n: int) -> int:

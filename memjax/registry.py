@@ -43,6 +43,7 @@ class BlockSpec:
     mixer: the Linen module; its field `inner` receives makers of the mixers in the parentheses.
     arguments: how many names may stand in the parentheses.
     defaults: what stands there when there are no parentheses.
+    cell, variants: as in `CellSpec`, where the block has a memory of its own.
     """
 
     name: str
@@ -50,6 +51,8 @@ class BlockSpec:
     paper: str
     arguments: tuple[int, ...] = (0,)
     defaults: tuple[str, ...] = ()
+    cell: Callable[[], Any] | None = None
+    variants: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import memjax
-from memjax import inputs
+from memjax import inputs, registry
 from memjax.cell import MemoryCell
-from memjax.registry import CellSpec
+from memjax.registry import BlockSpec, CellSpec
 from memjax.typing import Field, fields
 
 BATCH, HEADS, QUERIES = 3, 2, 2
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     """A cell under test and the spec that says what its inputs hold."""
 
     name: str
-    spec: CellSpec
+    spec: CellSpec | BlockSpec
     cell: MemoryCell
 
     @property
@@ -49,13 +49,14 @@ class Given(NamedTuple):
 
 
 def cases(variants: bool = True) -> list[Case]:
-    """Every registered cell, and its variants when asked for, with small chunks.
+    """Every registered cell, and its variants when asked for, with small chunks; blocks' too.
 
     A cell that stands behind several names, whatever its scale, is there once, under that of its
     own file.
     """
     found: dict[MemoryCell, Case] = {}
-    specs = [memjax.cells.get(name) for name in memjax.cells.names()]
+    specs = [registry.get(n) for kind in (CellSpec, BlockSpec) for n in registry.names(kind)]
+    specs = [spec for spec in specs if spec.cell is not None]
     for spec in sorted(specs, key=lambda s: type(s.cell()).__module__ != s.mixer.__module__):
         name = spec.name
         makers = {name: spec.cell}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import memjax
+from memjax.blocks.hybrid import COMBINE
 from memjax.nn.lm import LanguageModel, ModelConfig, initial_state
 from memjax.nn.stack import mixer_names, mixer_options
 from memjax.registry import get
@@ -26,6 +27,9 @@ CELLS = {name: (((name,), 1),) for name in memjax.cells.names()}
 COMBINED = {
     "scanned": ((("base_conv",), 1), (("hybrid(sliding_window, gated_delta_net)",), 2)),
     "sequential": ((("hybrid(attention, linear_attention)",), 1),),
+    "parallel": ((("hybrid(sliding_window, linear_attention)",), 1),),
+    "bmojo_f": ((("bmojo_f(gated_delta_net)",), 2),),
+    "window_exit": ((("hybrid(sliding_window, gated_delta_net)",), 2),),
     "rwkv4_channel": ((("rwkv4",), 2),),
     "rwkv7_channel": ((("base_conv",), 1), (("rwkv7",), 2)),
     "nested": ((("hybrid(attention, hybrid(sliding_window, delta_net))",), 1),),
@@ -60,7 +64,9 @@ def options(layers, changes=None) -> dict:
 
 def config(name: str, **changes) -> ModelConfig:
     """The tiny config of one name of `ALL`; weights large enough that each layer matters."""
-    combine = {"hybrid": {"combine": "sequential"}} if name.startswith("sequential") else {}
+    combine = {"hybrid": {"combine": name}} if name in COMBINE else {}
+    if name == "window_exit":
+        combine["sliding_window"] = {"window": 2, "sinks": 1}
     settings = dict(layers=ALL[name], vocab=VOCAB, dim=16, mlp=1.0, std=0.3)
     settings |= {"channel": name} if name.endswith("_channel") else {}
     settings["mixers"] = options(settings["layers"], combine)

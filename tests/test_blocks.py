@@ -13,6 +13,7 @@ import pytest
 from contract import distance
 
 from memjax import sharding
+from memjax.blocks.bmojo import BMojoF
 from memjax.cell import MemoryCell
 from memjax.defaults import default_mixers
 from memjax.nn.layers import Context, Norm
@@ -139,7 +140,7 @@ def test_base_conv_equals_its_equation():
     assert np.array_equal(state["convolution"], x[:, -2:])
 
 
-@pytest.mark.parametrize("combine", ["parallel", "sequential"])
+@pytest.mark.parametrize("combine", ["gate", "parallel", "sequential"])
 @pytest.mark.usefixtures("exact_products")
 def test_hybrid_equals_its_equation(combine):
     x = np.random.default_rng(1).normal(size=(2, 7, 8)).astype(np.float32)
@@ -158,6 +159,8 @@ def test_hybrid_equals_its_equation(combine):
     if combine == "sequential":
         normed = Norm("rms").apply({"params": params["norm"]}, x + held)
         expected = held + inner("sliding_window", "attention", normed)
+    elif combine == "parallel":
+        expected = held + inner("sliding_window", "attention", x)
     else:
         gate = x @ np.asarray(params["gate"]["kernel"]) + params["gate"]["bias"]
         share = 1 / (1 + np.exp(-gate))
@@ -165,6 +168,108 @@ def test_hybrid_equals_its_equation(combine):
     y, state, _ = jax.jit(module.apply)({"params": params}, x, None, ctx)
     assert distance(y, expected) <= 2e-6
     assert set(state) == {"attention", "memory"}
+
+
+W, S, T = 3, 2, 11  # window, sinks, tokens
+
+
+def attended(params, x, visible, weigh):
+    """A layer of two heads in float64, its tokens weighed where visible [T, T]."""
+    kernels = (np.float64(params[name]["kernel"]) for name in ("query", "key", "value"))
+    q, k, v = (np.tensordot(x, kernel, 1) for kernel in kernels)
+    scores = np.einsum("bthk,bshk->bhts", q.reshape(*q.shape[:2], 2, -1), k) / 2  # K ** 0.5
+    answers = np.einsum("bhts,bshv->bthv", weigh(scores, visible), v)
+    kernel = np.float64(params["output"]["kernel"]).reshape(2, -1, 8)
+    return np.einsum("bthv,hvd->btd", answers, kernel)
+
+
+def softmax(scores, visible):
+    weights = np.where(visible, np.exp(scores), 0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("window", [1, W, T])  # the last: attention to all tokens
+def test_window_sinks_and_memory_cover_every_position_once(window):
+    """Against sums over explicit sets; at the start the memory's output is zero."""
+    options = {
+        "hybrid": {"combine": "window_exit"},
+        "sliding_window": {"heads": 2, "window": window, "sinks": S, "rotary_base": 0.0},
+        "linear_attention": {"heads": 2, "feature_map": "identity", "norm": "none"},
+    }
+    make = make_mixer("hybrid(sliding_window, linear_attention)", options, dim=8, std=0.5)
+    module, ctx = make(name="mixer"), Context(None, None, jnp.arange(T)[None])
+    x = np.random.default_rng(1).normal(size=(1, T, 8)).astype(np.float32)
+    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
+    apply = jax.jit(lambda params: module.apply({"params": params}, x, None, ctx)[0])
+
+    age, token = np.arange(T)[:, None] - np.arange(T), np.arange(T)
+    near = (age >= 0) & ((age < window) | (token < S))
+    left = (age >= window) & (token >= S)
+    assert np.array_equal(near ^ left, np.tri(T, dtype=bool)) and not (near & left).any()
+    expected = attended(params["attention"], x, near, softmax)
+    assert distance(apply(params), expected) <= 1e-6
+    output = params["memory"]["output"]
+    output["kernel"] = np.random.default_rng(2).normal(size=(2, 4, 8)).astype(np.float32)
+    expected = expected + attended(params["memory"], x, left, lambda s, visible: s * visible)
+    assert distance(apply(params), expected) <= 1e-6
+
+
+class Same(nn.Module):
+    """A mixer that changes nothing."""
+
+    dim: int = 8
+    out_scale: float = 1.0
+
+    def __call__(self, x, state, ctx):
+        return x, {}, ctx
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize(("inner", "tie"), [(Same, True), ("delta_net", False)])
+def test_bmojo_f_equals_its_equation(inner, tie):
+    """Query 6 of a window of 3 sees tokens 4 to 6 and fading tokens 1 to 3."""
+    make = inner if inner is Same else make_mixer(inner, {inner: {"heads": 2}}, dim=8, std=0.5)
+    options = dict(heads=2, window=3, rotary_base=0.0, tie=tie)
+    module = BMojoF(dim=8, inner=(make,), std=0.5, **options)
+    x = np.random.default_rng(1).normal(size=(2, T, 8)).astype(np.float32)
+    ctx = Context(None, None, jnp.broadcast_to(jnp.arange(T), (2, T)))
+    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
+    y, state, _ = jax.jit(module.apply)({"params": params}, x, None, ctx)
+    made = x
+    if inner != Same:
+        mixer = make(name="mixer")
+        made = np.asarray(mixer.apply({"params": params["fading"]}, x, None, ctx)[0])
+    own = params if tie else {n: params[f"fading_{n}"] for n in ("key", "value")}
+    kernels = [params["query"], params["key"], params["value"], own["key"], own["value"]]
+    given = (x, x, x, made, made)
+    q, k, v, fk, fv = (
+        np.tensordot(a, np.float64(p["kernel"]), 1) for a, p in zip(given, kernels, strict=True)
+    )
+    age = np.arange(T)[:, None] - np.arange(T)
+    visible = np.concatenate([(age >= 0) & (age < 3), (age >= 3) & (age < 6)], axis=1)
+    assert visible[6].nonzero()[0].tolist() == [4, 5, 6, T + 1, T + 2, T + 3]
+    keys, values = np.concatenate([k, fk], axis=1), np.concatenate([v, fv], axis=1)
+    scores = np.einsum("bthk,bshk->bhts", q[:, :, :, 0], keys) / 2
+    answers = np.einsum("bhts,bshv->bthv", softmax(scores, visible), values)
+    kernel = np.float64(params["output"]["kernel"])[:, 0]
+    assert distance(y, np.einsum("bthv,hvd->btd", answers, kernel)) <= 2e-6
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize(("inner", "window", "seen"), [(Same, 3, 6), ("delta_net", T, T)])
+def test_bmojo_f_is_a_window_twice_as_long_or_attention(inner, window, seen):
+    """Of tokens themselves, with rotary positions; and when all tokens fit."""
+    make = inner if inner is Same else make_mixer(inner, {inner: {"heads": 2}}, dim=8, std=0.5)
+    module = BMojoF(dim=8, inner=(make,), std=0.5, heads=2, window=window)
+    x = np.random.default_rng(1).normal(size=(2, T, 8)).astype(np.float32)
+    ctx = Context(None, None, jnp.broadcast_to(jnp.arange(T), (2, T)))
+    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
+    y = jax.jit(module.apply)({"params": params}, x, None, ctx)[0]
+    options = {"sliding_window": {"heads": 2, "window": seen}}
+    plain = make_mixer("sliding_window", options, dim=8, std=0.5)(name="mixer")
+    shared = {name: params[name] for name in ("query", "key", "value", "output")}
+    assert distance(y, plain.apply({"params": shared}, x, None, ctx)[0]) <= 1e-6
 
 
 MESSAGES = {
@@ -211,9 +316,21 @@ IMPOSSIBLE = {
     "beta_max must lie in (0, 2]; given 3": ("delta_net", {"beta_max": 3.0}),
     "gate 'tanh': allowed are none, silu, sigmoid": ("delta_net", {"gate": "tanh"}),
     "norm 'l2': allowed are 'rms' and 'layer'": ("delta_net", {"norm": "l2"}),
-    "window and block must be at least 1; given": ("sliding_window", {"window": 0}),
+    "window and block must be at least 1, sinks at least 0; given": (
+        "sliding_window",
+        {"window": 0},
+    ),
     "feature_map 'relu': allowed are": ("linear_attention", {"feature_map": "relu"}),
-    "combine 'series': allowed are parallel, sequential": ("hybrid", {"combine": "series"}),
+    "combine 'series': allowed are gate, parallel": ("hybrid", {"combine": "series"}),
+    "needs sliding_window in front, whose tokens leave; given AttentionMixer": (
+        "hybrid(attention, delta_net)",
+        {"combine": "window_exit"},
+    ),
+    "needs a memory cell behind the window; given BaseConv, a block": (
+        "hybrid(sliding_window, base_conv)",
+        {"combine": "window_exit"},
+    ),
+    "sinks=-1": ("sliding_window", {"sinks": -1}),
     "implementation 'fast': allowed are": ("delta_net", {"implementation": "fast"}),
 }
 
@@ -221,7 +338,8 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_messages_of_a_model(message):
     name, options = IMPOSSIBLE[message]
-    config = ModelConfig(vocab=17, dim=16, layers=(((name,), 1),), mixers={name: options})
+    mixers = {name.partition("(")[0]: options}
+    config = ModelConfig(vocab=17, dim=16, layers=(((name,), 1),), mixers=mixers)
     with pytest.raises(ValueError) as error:
         boxed(config)
     assert message in str(error.value)

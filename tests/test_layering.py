@@ -88,7 +88,9 @@ LAYERS = {
         inside=("pallas_kernels",),
     ),
     "memjax.wrappers": Layer(ours=(*CORE, "memjax.nn.layers", "memjax.nn.mixer"), packages=FLAX),
-    "memjax.blocks": Layer(ours=(*CORE, *SHELL), packages=FLAX, never=("memjax.nn.lm",)),
+    "memjax.blocks": Layer(
+        ours=(*CORE, *SHELL, "memjax.cells"), packages=FLAX, never=("memjax.nn.lm",)
+    ),
     "memjax.nn.layers": Layer(ours=CORE, packages=FLAX),
     "memjax.nn.mixer": Layer(ours=(*CORE, "memjax.nn.layers"), packages=FLAX),
     "memjax.nn": Layer(ours=CORE, packages=FLAX),

@@ -26,7 +26,7 @@ BORDER = 5  # where the plain tests split; the parts are alike and share their c
 # chunks.
 EVERY = ("scanned", "attention")
 DECODED = ("scanned", "rwkv7_channel", "attention")
-KINDS = (*DECODED, "mamba2", "omega_net")
+KINDS = (*DECODED, "mamba2", "omega_net", "window_exit", "bmojo_f")
 
 
 def each(*names, every=models.FAST):

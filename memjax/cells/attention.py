@@ -1,17 +1,19 @@
 """Softmax attention as a memory: its state is a ring of the last W written keys and values.
 
     y_t = sum_s softmax_s(scale q_t . k_s) v_s,   s the last W written tokens of the document, t
-                                                  included                      scale = K^-1/2
+                                                  included, and its first ones, `sinks` of them
+                                                                                scale = K^-1/2
 
 Vaswani et al. 2017, arXiv 1706.03762; the window: Child et al. 2019, arXiv 1904.10509, Beltagy et
-al. 2020, arXiv 2004.05150. G queries may share one memory (grouped queries: Ainslie et al. 2023,
-arXiv 2305.13245). `sliding_window` keeps W tokens and forgets older ones; `attention` is the same
-ring with room for all tokens, and tells when they do not fit.
+al. 2020, arXiv 2004.05150; sinks: Xiao et al. 2023, arXiv 2309.17453. G queries may share one
+memory (grouped queries: Ainslie et al. 2023, arXiv 2305.13245). `sliding_window` keeps W tokens and
+its sinks and forgets the others; `attention` is the same ring with room for all tokens, and tells
+when they do not fit.
 """
 
 import dataclasses
 import functools
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ from memjax.recurrence import (
     to_chunks,
 )
 from memjax.registry import CellSpec, register
-from memjax.typing import Array, DTypeLike, Field, Float, Int
+from memjax.typing import Array, DTypeLike, Field, Float, Int, PyTree
 
 
 class Inputs(NamedTuple):
@@ -42,26 +44,33 @@ class Inputs(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """The n-th written token of a document stands in slot n mod W; free slots are zero.
+    """The first S written tokens of a document, its sinks, then a ring of the last W of the others.
 
-    k: [W, K]; v: [W, V]; written: number of tokens written since the document's start.
+    k: [S + W, K]; v: [S + W, V]; written: number of tokens written since the document's start.
+    Token n stands in slot n, or S + (n - S) mod W; free slots are zero.
     """
 
-    k: Float[Array, "W K"]
-    v: Float[Array, "W V"]
+    k: Float[Array, "S+W K"]
+    v: Float[Array, "S+W V"]
     written: Int[Array, ""]
+
+
+def _axes(leaf: Array) -> str:
+    """Of the keys or values of a part, see `_attend`."""
+    return "s" if leaf.ndim == 2 else "cs"
 
 
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(MemoryCell):
-    """Attention to the last `window` written tokens, the present one included.
+    """Attention to the last `window` written tokens, the present one included, and to the sinks.
 
-    key_dim, value_dim: K and V of one head. window: W. scale: None for K ** -0.5.
+    key_dim, value_dim: K and V of one head. window: W. sinks: S, first tokens of a document that
+    are seen for ever. scale: None for K ** -0.5.
     store_dtype: of the keys and values in the ring. block: queries that are handled together in
     the chunked form, None for the window's length but 128 at most; changes speed only.
     """
 
-    inputs = Inputs
+    inputs: ClassVar[type] = Inputs
 
     key_dim: int
     value_dim: int
@@ -69,43 +78,84 @@ class SlidingWindow(MemoryCell):
     scale: float | None = None
     store_dtype: DTypeLike = jnp.float32
     block: int | None = None
+    sinks: int = 0
 
     def __post_init__(self):
         sizes = (self.key_dim, self.value_dim, self.window, 1 if self.block is None else self.block)
-        if min(sizes) < 1:
+        if min(*sizes, self.sinks + 1) < 1:
             raise ValueError(
-                f"{type(self).__name__}: key_dim, value_dim, window and block must be at least 1; "
-                f"given {self}"
+                f"{type(self).__name__}: key_dim, value_dim, window and block must be at least 1, "
+                f"sinks at least 0; given {self}"
             )
+
+    @property
+    def reach(self) -> int:
+        """Tokens that are kept besides the sinks."""
+        return self.window
+
+    @property
+    def slots(self) -> int:
+        """Tokens that are kept."""
+        return self.sinks + self.reach
+
+    def leaves(self, x: PyTree) -> tuple[Array, ...]:
+        """What is kept of tokens, in the order of the state."""
+        return x.k, x.v
+
+    def parts(self, leaves, index, low, high):
+        """What queries may look at, parts of one softmax (see `_attend`): tokens `index` [n], whose
+        leaves are [n, ...], as far as they lie in a query's interval [low, high], [C]."""
+        k, v = leaves
+        return [(k, v, (low[:, None] <= index) & (index <= high[:, None]))]
+
+    def slot(self, token: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Where a token of the document is kept."""
+        return jnp.where(token < self.sinks, token, self.sinks + (token - self.sinks) % self.reach)
+
+    def tokens(self, count: Int[Array, ""]) -> Int[Array, " S+W"]:
+        """The token in each slot after `count` of them; below zero where there is none."""
+        slot = jnp.arange(self.slots)
+        newest = count - 1 - (count - 1 - slot) % self.reach
+        token = jnp.where(slot < self.sinks, slot, newest)
+        return jnp.where((token >= jnp.minimum(slot, self.sinks)) & (token < count), token, -1)
 
     def init_state(self, params) -> Ring:
         """An empty ring."""
-        k = jnp.zeros((self.window, self.key_dim), self.store_dtype)
-        v = jnp.zeros((self.window, self.value_dim), self.store_dtype)
+        k = jnp.zeros((self.slots, self.key_dim), self.store_dtype)
+        v = jnp.zeros((self.slots, self.value_dim), self.store_dtype)
         return Ring(k, v, jnp.zeros((), jnp.int32))
 
     def write(self, params, state, x):
-        slot = state.written % self.window
-        return Ring(
-            state.k.at[slot].set(x.k.astype(state.k.dtype)),
-            state.v.at[slot].set(x.v.astype(state.v.dtype)),
-            state.written + 1,
+        *kept, written = state
+        slot = self.slot(written)
+        kept = (
+            old.at[slot].set(new.astype(old.dtype))
+            for old, new in zip(kept, self.leaves(x), strict=True)
         )
+        return type(state)(*kept, written + 1)
 
     def read(self, params, state, x):
-        present = jnp.arange(self.window) < state.written
-        return self._attend(x.q[None], state.k, state.v, present[None], state.written[None])[0]
+        present = jnp.arange(self.slots) < state.written
+        parts = [(state.k, state.v, present[None])]
+        return self._attend(x.q[None], parts, state.written[None])[0]
 
-    def _attend(self, q, k, v, visible, count):
-        """q [C, G, K] over k, v [S, ...] where visible [C, S]; zero when nothing is visible."""
+    def _attend(self, q, parts, count):
+        """One softmax of q [C, G, K] over parts (k [n, K], v [n, V], visible [C, n]); k and v may
+        differ for each query, [C, n, ...]. Zero when nothing is visible."""
         scale = self.key_dim**-0.5 if self.scale is None else self.scale
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
-        scores = scale * dot("cgk,sk->cgs", q, k)
-        scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
-        top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        return dot("cgs,sv->cgv", weights / jnp.where(total == 0, 1, total), v)
+        scores = []
+        for k, _, visible in parts:
+            product = dot(f"cgk,{_axes(k)}k->cgs", q, k.astype(q.dtype))
+            scores.append(jnp.where(visible[:, None], scale * product, -jnp.inf))
+        tops = [jnp.max(score, axis=-1, keepdims=True) for score in scores]
+        top = lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+        weights = [jnp.exp(score - jnp.where(jnp.isfinite(top), top, 0)) for score in scores]
+        total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
+        total = jnp.where(total == 0, 1, total)
+        return sum(
+            dot(f"cgs,{_axes(v)}v->cgv", weight / total, v.astype(q.dtype))
+            for weight, (_, v, _) in zip(weights, parts, strict=True)
+        )
 
     @per_head
     def chunked(self, params, state, xs, reset, write):
@@ -118,54 +168,69 @@ class SlidingWindow(MemoryCell):
         length = xs.q.shape[0]
         q = promote(xs.q, dtype)
         store = self.fresh(params, dtype)
-        k, v = xs.k.astype(store.k.dtype), xs.v.astype(store.v.dtype)
-        ring = 0 if state is None else self.window
+        line = tuple(
+            new.astype(old.dtype) for new, old in zip(self.leaves(xs), store[:-1], strict=True)
+        )
+        ring = 0 if state is None else self.reach
         start = jnp.zeros((), jnp.int32) if state is None else state.written
         written = jnp.ones(length, bool) if write is None else write
         high = ring - 1 + jnp.cumsum(written.astype(jnp.int32))
         before = high + 1 - written.astype(jnp.int32)
         if write is not None:  # written tokens only, in order
-            slot = jnp.where(written, before - ring, length)
-            k, v = (jnp.zeros_like(a).at[slot].set(a, mode="drop") for a in (k, v))
+            place = jnp.where(written, before - ring, length)
+            line = tuple(jnp.zeros_like(a).at[place].set(a, mode="drop") for a in line)
         if state is not None:
-            oldest_first = (start + jnp.arange(self.window)) % self.window
-            k = jnp.concatenate([state.k[oldest_first], k])
-            v = jnp.concatenate([state.v[oldest_first], v])
+            oldest_first = self.slot(jnp.maximum(start + jnp.arange(-ring, 0), 0))
+            line = tuple(
+                jnp.concatenate([old[oldest_first], new])
+                for old, new in zip(state[:-1], line, strict=True)
+            )
         origin = jnp.full((length,), ring - start)  # where each token's document begins
         if reset is not None:
             origin = lax.cummax(jnp.where(reset, before, origin))
-        low = jnp.maximum(high - self.window + 1, jnp.maximum(origin, 0))
-        y = self._blocks(q, k, v, low, high, high + 1 - origin)
+        low = jnp.maximum(high - self.reach + 1, jnp.maximum(origin, 0))
+        queries = q, low, high, origin, high + 1 - origin
+        y = self._blocks(queries, line, store if state is None else state)
         if state is not None:  # slots that stay free are those that were carried in
             store = state if reset is None else select(reset.any(), store, state)
-        final = self._ring(store, k, v, origin[-1], high[-1] + 1 - origin[-1])
+        final = self._ring(store, line, origin[-1], high[-1] + 1 - origin[-1])
         return y.astype(xs.q.dtype), final
 
-    def _blocks(self, q, k, v, low, high, count):
-        length, line = q.shape[0], k.shape[0]
-        size = min(self.block or min(self.window, 128), length)
-        slab = min(self.window + size, line)
+    def _blocks(self, queries, line, carried: PyTree):
+        """Answers to queries (q, low, high, origin, count), leaves [T, ...], on the line of what is
+        kept."""
+        length, size = queries[0].shape[0], line[0].shape[0]
+        block = min(self.block or min(self.window, 128), length)
+        slab = min(self.reach + block, size)
 
         @jax.checkpoint
-        def block(inputs):
-            q, low, high, count = inputs
-            start = jnp.clip(high[0] - self.window + 1, 0, line - slab)
-            keys, values = (lax.dynamic_slice_in_dim(a, start, slab) for a in (k, v))
-            index = start + jnp.arange(slab)
-            visible = (low[:, None] <= index) & (index <= high[:, None])
-            return self._attend(q, keys, values, visible, count)
+        def answer(inputs):
+            q, low, high, origin, count = inputs
+            start = jnp.clip(high[0] - self.reach + 1, 0, size - slab)
+            leaves = tuple(lax.dynamic_slice_in_dim(a, start, slab) for a in line)
+            parts = self.parts(leaves, start + jnp.arange(slab), low, high)
+            if self.sinks:
+                index = origin[:, None] + jnp.arange(self.sinks)
+                held, here = (index < 0)[..., None], jnp.clip(index, 0, size - 1)  # carried in
+                k, v = (
+                    jnp.where(held, old[: self.sinks], new[here])
+                    for old, new in zip(carried[:-1], line, strict=True)
+                )
+                parts.append((k, v, index < low[:, None]))
+            return self._attend(q, parts, count)
 
-        return from_chunks(lax.map(block, to_chunks((q, low, high, count), size)), length)
+        return from_chunks(lax.map(answer, to_chunks(queries, block)), length)
 
-    def _ring(self, empty: Ring, k, v, origin, count) -> Ring:
-        """The ring after the last token, from the line of keys and values."""
-        slot = jnp.arange(self.window)
-        rank = count - 1 - (count - 1 - slot) % self.window  # newest token of each slot
-        index = jnp.clip(origin + rank, 0, k.shape[0] - 1)
-        present = ((rank >= 0) & (count > 0))[:, None]
-        return Ring(
-            jnp.where(present, k[index], empty.k), jnp.where(present, v[index], empty.v), count
+    def _ring(self, empty: PyTree, line, origin, count) -> PyTree:
+        """The ring after the last token, from the line of what is kept."""
+        token = self.tokens(count)
+        index = origin + token  # < 0: a sink that was carried in
+        there = ((token >= 0) & (index >= 0))[:, None]
+        index = jnp.clip(index, 0, line[0].shape[0] - 1)
+        kept = (
+            jnp.where(there, new[index], old) for new, old in zip(line, empty[:-1], strict=True)
         )
+        return type(empty)(*kept, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,17 +256,17 @@ class Attention(SlidingWindow):
                 "raise the capacity, or use sliding_window"
             )
 
-    def _attend(self, q, k, v, visible, count):
-        y = super()._attend(q, k, v, visible, count)
+    def _attend(self, q, parts, count):
+        y = super()._attend(q, parts, count)
         return jnp.where((count > self.window)[:, None, None], jnp.nan, y)
 
 
-class SlidingWindowMixer(Mixer):
+class HeadsMixer(Mixer):
     """Multi-head attention with rotary positions and grouped queries, bias-free.
 
     heads: of queries. kv_heads: of keys and values, a divisor of heads; None for as many.
     head_dim: per head; None for dim / heads. window: W. rotary_base: theta of the rotary
-    embedding (Su et al. 2021), 0 for no positions.
+    embedding (Su et al. 2021), 0 for no positions. A subclass defines `make_cell`.
     """
 
     heads: int = 4
@@ -209,9 +274,6 @@ class SlidingWindowMixer(Mixer):
     head_dim: int | None = None
     window: int = 256
     rotary_base: float = 1e4
-
-    def make_cell(self):
-        return SlidingWindow(self.size, self.size, self.window, store_dtype=self.dtype)
 
     @property
     def memories(self):
@@ -234,13 +296,17 @@ class SlidingWindowMixer(Mixer):
             raise ValueError(
                 f"attention: heads {self.heads} must be a multiple of kv_heads {kv_heads}"
             )
-        axes, grouped = ("heads", "head_dim"), ("heads", None, "head_dim")
-        dense = functools.partial(Dense, dtype=self.dtype)
-        self.query = dense((kv_heads, self.heads // kv_heads, size), grouped, std=self.std)
-        self.key = dense((kv_heads, size), axes, std=self.std)
-        self.value = dense((kv_heads, size), axes, std=self.std)
+        grouped, dtype = ("heads", None, "head_dim"), self.dtype
+        queries = kv_heads, self.heads // kv_heads, size
+        self.query = Dense(queries, grouped, std=self.std, dtype=dtype)
+        self.key, self.value = self.projection(), self.projection()
         std = self.std * self.out_scale
-        self.output = dense((self.dim,), ("embed",), grouped, std=std)
+        self.output = Dense((self.dim,), ("embed",), grouped, std=std, dtype=dtype)
+
+    def projection(self) -> Dense:
+        """To keys or values [kv_heads, head_dim]."""
+        shape = self.memories, self.size
+        return Dense(shape, ("heads", "head_dim"), std=self.std, dtype=self.dtype)
 
     def inputs(self, x, state, ctx):
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -252,8 +318,18 @@ class SlidingWindowMixer(Mixer):
         return self.output(y)
 
 
-class AttentionMixer(SlidingWindowMixer):
-    """The same over all tokens. window: the capacity, the longest context that can be held."""
+class SlidingWindowMixer(HeadsMixer):
+    """Over the last `window` tokens and the first `sinks` of the document."""
+
+    sinks: int = 0
+
+    def make_cell(self):
+        sizes = self.size, self.size, self.window
+        return SlidingWindow(*sizes, store_dtype=self.dtype, sinks=self.sinks)
+
+
+class AttentionMixer(HeadsMixer):
+    """Over all tokens. window: the capacity, the longest context that can be held."""
 
     window: int = 2048
 
@@ -270,7 +346,10 @@ register(
     CellSpec(
         name="sliding_window",
         cell=lambda: SlidingWindow(8, 6, window=5, block=4),
-        variants={"wide": lambda: SlidingWindow(8, 6, window=40, block=16)},
+        variants={
+            "wide": lambda: SlidingWindow(8, 6, window=40, block=16),
+            "sinks": lambda: SlidingWindow(8, 6, window=5, block=4, sinks=3),
+        },
         mixer=SlidingWindowMixer,
         paper="Beltagy et al. 2020, arXiv 2004.05150",
         recurrence="softmax over the last W tokens, O(T W)",
