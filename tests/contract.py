@@ -48,14 +48,16 @@ class Given(NamedTuple):
     write: Any = None
 
 
-def cases(variants: bool = True) -> list[Case]:
-    """Every registered cell, and its variants when asked for, with small chunks; blocks' too.
+def cases(variants: bool = True, blocks: bool = True) -> list[Case]:
+    """Every registered cell with small chunks, and its variants and the cells of blocks when asked
+    for.
 
     A cell that stands behind several names, whatever its scale, is there once, under that of its
     own file.
     """
     found: dict[MemoryCell, Case] = {}
-    specs = [registry.get(n) for kind in (CellSpec, BlockSpec) for n in registry.names(kind)]
+    kinds = (CellSpec, BlockSpec) if blocks else (CellSpec,)
+    specs = [registry.get(name) for kind in kinds for name in registry.names(kind)]
     specs = [spec for spec in specs if spec.cell is not None]
     for spec in sorted(specs, key=lambda s: type(s.cell()).__module__ != s.mixer.__module__):
         name = spec.name

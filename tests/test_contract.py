@@ -1,10 +1,10 @@
 """Every registered cell, every form: the contract. Nothing here names a cell.
 
-Fast tests hold every cell to the laws of values, gradients, splits, resets, causality and layout,
-and one cell to that of the default chunk and to those of the machinery that all share (heads,
-dtypes, jax's transformations). The other cells' turn at those, variants, and the full product of
-cells, lengths, scenarios and forms, are marked slow. A test covers all forms of a cell, which share
-compiled code.
+Fast tests hold every cell to the laws of values, gradients, splits, resets and causality, and one
+cell to that of the default chunk and to those of the machinery that all share (heads, dtypes, jax's
+transformations). The other cells' turn at those, layouts, variants, the cells of blocks, and the
+full product of cells, lengths, scenarios and forms, are marked slow. A test covers all forms of a
+cell, which share compiled code.
 """
 
 import contract
@@ -12,7 +12,8 @@ import contract_checks as checks
 import pytest
 
 GROUPED_BY = "case"  # tests of one case share compiled code, see conftest.py
-CELLS = contract.cases(variants=False)
+CELLS = contract.cases(variants=False, blocks=False)
+WHOLE = contract.cases(variants=False)  # with the cells of blocks
 CASES = contract.cases()
 slow = pytest.mark.slow
 
@@ -60,13 +61,13 @@ def test_bfloat16_inputs(case):
         checks.check_bfloat16(case, form)
 
 
-@each(CELLS, fast=SHORTEST)
+@each(WHOLE, fast=SHORTEST)
 def test_one_head(case):
     for form in contract.forms(case):
         checks.check_values(case, form, contract.problem(case, 1, 9, heads=1))
 
 
-@each(CELLS, fast=CHUNKED)
+@each(WHOLE, fast=CHUNKED)
 def test_default_chunk(case):
     """One plain document: no masks and no state.
 
@@ -81,14 +82,14 @@ def test_default_chunk(case):
         checks.check_forms(case, form, given, rounded_products=True, optimised=True)
 
 
-@each(CELLS)
+@each(WHOLE, fast=CELLS)
 def test_split_and_decode(case):
     for form in contract.forms(case):
         checks.check_split(case, form, form, 16, (5, 11))
         checks.check_decode(case, form, 16, 11)
 
 
-@each(CELLS)
+@each(WHOLE, fast=CELLS)
 def test_resets_and_unwritten_tokens(case):
     for form in contract.forms(case):
         checks.check_resets(case, form)
@@ -104,13 +105,13 @@ def test_causality(case):
             checks.check_causality(case, form, "gates")
 
 
-@each(CELLS, fast=SHORTEST)
+@each(WHOLE, fast=SHORTEST)
 def test_transformations(case):
     for form in contract.forms(case):
         checks.check_transformations(case, form)
 
 
-@each(CELLS, fast=SHORTEST)
+@each(WHOLE, fast=SHORTEST)
 def test_shared_heads(case):
     for form in contract.forms(case):
         checks.check_shared_heads(case, form)
@@ -129,7 +130,7 @@ def test_slope(case):
 def lengths(case):
     """All of a cell; one token and the longest of its variants."""
     every = contract.lengths(case.cell)
-    return every if case in CELLS else [every[0], every[-1]]
+    return every if case in WHOLE else [every[0], every[-1]]
 
 
 @slow
@@ -140,7 +141,7 @@ def test_every_length_and_scenario(case, form, length):
 
 
 @slow
-@each_form(CELLS, compared, state=lambda case: (False, True))
+@each_form(WHOLE, compared, state=lambda case: (False, True))
 def test_every_scenario_without_masks_or_state(case, form, state):
     length = max(contract.lengths(case.cell))
     for scenario in contract.scenarios(case):
@@ -150,7 +151,7 @@ def test_every_scenario_without_masks_or_state(case, form, state):
 
 
 @slow
-@each_form(CELLS, second=contract.forms)
+@each_form(WHOLE, second=contract.forms)
 def test_every_split(case, form, second):
     case, length = contract.small(case, 4), 3 * 4 + 5
     checks.check_split(case, form, second, length, range(1, length, 2))
@@ -158,7 +159,7 @@ def test_every_split(case, form, second):
 
 
 @slow
-@each_form(CELLS)
+@each_form(WHOLE)
 def test_every_law(case, form):
     checks.check_resets(case, form, checks.as_it_is)
     checks.check_unwritten(case, form, checks.as_it_is)
@@ -173,7 +174,7 @@ def test_every_law(case, form):
 
 
 @slow
-@each_form(CELLS, compared, scenario=contract.scenarios)
+@each_form(WHOLE, compared, scenario=contract.scenarios)
 def test_every_scenario_in_long_chunks(case, form, scenario):
     for cell in (case.spec.cell(), contract.small(case, 64).cell):
         given = contract.problem(case, 4, 197, scenario)

@@ -21,12 +21,10 @@ GROUPED_BY = "name"  # tests of one model share compiled code, see conftest.py
 BORDER = 5  # where the plain tests split; the parts are alike and share their compilations
 
 
-# One of each kind of state. Convolutions, windows, a scan over layers; rings. Token shifts and an
-# earlier layer's values are plain in decoding, which holds the most. Slow: matrices alone, frozen
-# chunks.
+# One of each kind of state: convolutions, windows, a scan over layers; rings. Slow: token shifts
+# and an earlier layer's values, matrices alone, frozen chunks, tokens on their way out of a window.
 EVERY = ("scanned", "attention")
-DECODED = ("scanned", "rwkv7_channel", "attention")
-KINDS = (*DECODED, "mamba2", "omega_net", "window_exit", "bmojo_f")
+KINDS = (*EVERY, "rwkv7_channel", "mamba2", "omega_net", "window_exit", "bmojo_f")
 
 
 def each(*names, every=models.FAST):
@@ -51,7 +49,7 @@ def decode(name, tokens, state):
     return np.concatenate(logits, axis=1), state
 
 
-@each(*DECODED, every=models.ALL)
+@each(*EVERY, every=models.ALL)
 def test_prefill_and_decode_equal_the_forward_pass(name):
     tokens = models.text()
     head, state = models.apply(name, tokens[:, :BORDER])
