@@ -29,6 +29,8 @@ COMBINED = {
     "sequential": ((("hybrid(attention, linear_attention)",), 1),),
     "parallel": ((("hybrid(sliding_window, linear_attention)",), 1),),
     "bmojo_f": ((("bmojo_f(gated_delta_net)",), 2),),
+    "mag": ((("mag(sliding_window, titans)",), 1),),
+    "mal": ((("mal(sliding_window, titans)",), 1),),
     "window_exit": ((("hybrid(sliding_window, gated_delta_net)",), 2),),
     "rwkv4_channel": ((("rwkv4",), 2),),
     "rwkv7_channel": ((("base_conv",), 1), (("rwkv7",), 2)),

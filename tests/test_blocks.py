@@ -120,7 +120,8 @@ def test_initial_weights_have_the_promised_spread(name):
             continue
         if layer.endswith("memory/output") and name == "window_exit":
             continue  # starts at zero, see below
-        scaled = layer.endswith(residual) and not layer.endswith("fading/output")
+        inside = "memory/output" if name == "mal" else "fading/output"  # of a mixer in a mixer
+        scaled = layer.endswith(residual) and not layer.endswith(inside)
         expected = 0.02 * ((2 * config.depth) ** -0.5 if scaled else 1)
         off = abs(float(np.std(leaf)) / expected - 1)
         assert off <= 5 / np.sqrt(2 * leaf.size), f"{layer}: {np.std(leaf)}, not {expected}"
@@ -215,6 +216,45 @@ def test_window_sinks_and_memory_cover_every_position_once(window):
     output["kernel"] = np.random.default_rng(2).normal(size=(2, 4, 8)).astype(np.float32)
     expected = expected + attended(params["memory"], x, left, lambda s, visible: s * visible)
     assert distance(apply(params), expected) <= 1e-6
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("name", ["mag", "mal"])
+def test_titans_blocks_equal_their_equations(name):
+    """With persistent keys and values, which every token sees."""
+    options = {"sliding_window": {"heads": 2, "window": W, "rotary_base": 0.0, "persistent": 2}}
+    options["delta_net"] = {"heads": 2}
+    shared, ctx = dict(dim=8, std=0.5), Context(None, None, jnp.arange(T)[None])
+    module = make_mixer(f"{name}(sliding_window, delta_net)", options, **shared)(name="mixer")
+    x = np.random.default_rng(1).normal(size=(1, T, 8)).astype(np.float32)
+    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
+    memory = make_mixer("delta_net", options, **shared)(name="mixer")
+    held = np.float64(memory.apply({"params": params["memory"]}, x, None, ctx)[0])
+
+    def window(x):
+        age, own = np.arange(T)[:, None] - np.arange(T), params["attention"]["memory"]
+        q, k, v = (
+            np.tensordot(x, np.float64(params["attention"][n]["kernel"]), 1)
+            for n in ("query", "key", "value")
+        )
+        k, v = (
+            np.concatenate([np.float64(own[n]).transpose(1, 0, 2)[None], a], axis=1)
+            for n, a in (("k", k), ("v", v))
+        )
+        visible = np.concatenate([np.ones((T, 2), bool), (age >= 0) & (age < W)], axis=1)
+        scores = np.einsum("bthk,bshk->bhts", q[:, :, :, 0], k) / 2
+        y = np.einsum("bhts,bshv->bthv", softmax(scores, visible), v)
+        kernel = np.float64(params["attention"]["output"]["kernel"])[:, 0]
+        return np.einsum("bthv,hvd->btd", y, kernel)
+
+    def norm(a):
+        return a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-5)
+
+    expected = window(held)
+    if name == "mag":
+        expected = norm(window(x)) / (1 + np.exp(-norm(held)))
+    y = jax.jit(module.apply)({"params": params}, x, None, ctx)[0]
+    assert distance(y, expected) <= 3e-6
 
 
 class Same(nn.Module):
@@ -318,7 +358,7 @@ IMPOSSIBLE = {
     "beta_max must lie in (0, 2]; given 3": ("delta_net", {"beta_max": 3.0}),
     "gate 'tanh': allowed are none, silu, sigmoid": ("delta_net", {"gate": "tanh"}),
     "norm 'l2': allowed are 'rms' and 'layer'": ("delta_net", {"norm": "l2"}),
-    "window and block must be at least 1, sinks at least 0; given": (
+    "window and block must be at least 1, sinks and persistent at least 0; given": (
         "sliding_window",
         {"window": 0},
     ),

@@ -65,7 +65,7 @@ class FadingWindow(SlidingWindow):
         *kept, written = state
         count = written[None]
         parts = self.parts(kept, self.tokens(written), jnp.zeros_like(count), count - 1)
-        return self._attend(x.q[None], parts, count)[0]
+        return self._attend(params, x.q[None], parts, count)[0]
 
     def parts(self, leaves, index, low, high):
         k, v, fading_k, fading_v = leaves

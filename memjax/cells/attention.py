@@ -1,14 +1,14 @@
 """Softmax attention as a memory: its state is a ring of the last W written keys and values.
 
     y_t = sum_s softmax_s(scale q_t . k_s) v_s,   s the last W written tokens of the document, t
-                                                  included, and its first ones, `sinks` of them
-                                                                                scale = K^-1/2
+                                                  included; its first ones, `sinks` of them; and
+                                                  `persistent` learned ones      scale = K^-1/2
 
 Vaswani et al. 2017, arXiv 1706.03762; the window: Child et al. 2019, arXiv 1904.10509, Beltagy et
-al. 2020, arXiv 2004.05150; sinks: Xiao et al. 2023, arXiv 2309.17453. G queries may share one
-memory (grouped queries: Ainslie et al. 2023, arXiv 2305.13245). `sliding_window` keeps W tokens and
-its sinks and forgets the others; `attention` is the same ring with room for all tokens, and tells
-when they do not fit.
+al. 2020, arXiv 2004.05150; sinks: Xiao et al. 2023, arXiv 2309.17453; persistent keys and values:
+Sukhbaatar et al. 2019, arXiv 1907.01470. G queries may share one memory (grouped queries: Ainslie
+et al. 2023, arXiv 2305.13245). `sliding_window` keeps W tokens and its sinks and forgets the
+others; `attention` is the same ring with room for all tokens, and tells when they do not fit.
 """
 
 import dataclasses
@@ -65,7 +65,9 @@ class SlidingWindow(MemoryCell):
     """Attention to the last `window` written tokens, the present one included, and to the sinks.
 
     key_dim, value_dim: K and V of one head. window: W. sinks: S, first tokens of a document that
-    are seen for ever. scale: None for K ** -0.5.
+    are seen for ever. persistent: learned keys and values, without a position, that every token of
+    every document sees; they start as normal vectors of mean square norm 1. scale: None for
+    K ** -0.5.
     store_dtype: of the keys and values in the ring. block: queries that are handled together in
     the chunked form, None for the window's length but 128 at most; changes speed only.
     """
@@ -79,14 +81,25 @@ class SlidingWindow(MemoryCell):
     store_dtype: DTypeLike = jnp.float32
     block: int | None = None
     sinks: int = 0
+    persistent: int = 0
 
     def __post_init__(self):
         sizes = (self.key_dim, self.value_dim, self.window, 1 if self.block is None else self.block)
-        if min(*sizes, self.sinks + 1) < 1:
+        if min(*sizes, self.sinks + 1, self.persistent + 1) < 1:
             raise ValueError(
                 f"{type(self).__name__}: key_dim, value_dim, window and block must be at least 1, "
-                f"sinks at least 0; given {self}"
+                f"sinks and persistent at least 0; given {self}"
             )
+
+    def init_params(self, key, heads):
+        if not self.persistent:
+            return {}
+        sizes = {"k": self.key_dim, "v": self.value_dim}
+        seeds = jax.random.split(key)
+        return {
+            name: jax.random.normal(seed, (heads, self.persistent, size)) * size**-0.5
+            for seed, (name, size) in zip(seeds, sizes.items(), strict=True)
+        }
 
     @property
     def reach(self) -> int:
@@ -137,12 +150,16 @@ class SlidingWindow(MemoryCell):
     def read(self, params, state, x):
         present = jnp.arange(self.slots) < state.written
         parts = [(state.k, state.v, present[None])]
-        return self._attend(x.q[None], parts, state.written[None])[0]
+        return self._attend(params, x.q[None], parts, state.written[None])[0]
 
-    def _attend(self, q, parts, count):
-        """One softmax of q [C, G, K] over parts (k [n, K], v [n, V], visible [C, n]); k and v may
-        differ for each query, [C, n, ...]. Zero when nothing is visible."""
+    def _attend(self, params, q, parts, count):
+        """One softmax of q [C, G, K] over parts (k [n, K], v [n, V], visible [C, n]) and over the
+        persistent tokens; k and v may differ for each query, [C, n, ...]. Zero when nothing is
+        visible."""
         scale = self.key_dim**-0.5 if self.scale is None else self.scale
+        if self.persistent:
+            always = jnp.ones((len(q), self.persistent), bool)
+            parts = [*parts, (params["k"], params["v"], always)]
         scores = []
         for k, _, visible in parts:
             product = dot(f"cgk,{_axes(k)}k->cgs", q, k.astype(q.dtype))
@@ -190,13 +207,13 @@ class SlidingWindow(MemoryCell):
             origin = lax.cummax(jnp.where(reset, before, origin))
         low = jnp.maximum(high - self.reach + 1, jnp.maximum(origin, 0))
         queries = q, low, high, origin, high + 1 - origin
-        y = self._blocks(queries, line, store if state is None else state)
+        y = self._blocks(params, queries, line, store if state is None else state)
         if state is not None:  # slots that stay free are those that were carried in
             store = state if reset is None else select(reset.any(), store, state)
         final = self._ring(store, line, origin[-1], high[-1] + 1 - origin[-1])
         return y.astype(xs.q.dtype), final
 
-    def _blocks(self, queries, line, carried: PyTree):
+    def _blocks(self, params, queries, line, carried: PyTree):
         """Answers to queries (q, low, high, origin, count), leaves [T, ...], on the line of what is
         kept."""
         length, size = queries[0].shape[0], line[0].shape[0]
@@ -217,7 +234,7 @@ class SlidingWindow(MemoryCell):
                     for old, new in zip(carried[:-1], line, strict=True)
                 )
                 parts.append((k, v, index < low[:, None]))
-            return self._attend(q, parts, count)
+            return self._attend(params, q, parts, count)
 
         return from_chunks(lax.map(answer, to_chunks(queries, block)), length)
 
@@ -256,8 +273,8 @@ class Attention(SlidingWindow):
                 "raise the capacity, or use sliding_window"
             )
 
-    def _attend(self, q, parts, count):
-        y = super()._attend(q, parts, count)
+    def _attend(self, params, q, parts, count):
+        y = super()._attend(params, q, parts, count)
         return jnp.where((count > self.window)[:, None, None], jnp.nan, y)
 
 
@@ -319,13 +336,16 @@ class HeadsMixer(Mixer):
 
 
 class SlidingWindowMixer(HeadsMixer):
-    """Over the last `window` tokens and the first `sinks` of the document."""
+    """Over the last `window` tokens, the first `sinks` of the document, and `persistent` learned
+    keys and values."""
 
     sinks: int = 0
+    persistent: int = 0
 
     def make_cell(self):
         sizes = self.size, self.size, self.window
-        return SlidingWindow(*sizes, store_dtype=self.dtype, sinks=self.sinks)
+        others = dict(sinks=self.sinks, persistent=self.persistent)
+        return SlidingWindow(*sizes, store_dtype=self.dtype, **others)
 
 
 class AttentionMixer(HeadsMixer):
@@ -348,7 +368,7 @@ register(
         cell=lambda: SlidingWindow(8, 6, window=5, block=4),
         variants={
             "wide": lambda: SlidingWindow(8, 6, window=40, block=16),
-            "sinks": lambda: SlidingWindow(8, 6, window=5, block=4, sinks=3),
+            "sinks": lambda: SlidingWindow(8, 6, window=5, block=4, sinks=3, persistent=2),
         },
         mixer=SlidingWindowMixer,
         paper="Beltagy et al. 2020, arXiv 2004.05150",
