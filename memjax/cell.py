@@ -60,6 +60,11 @@ class MemoryCell:
         their answers."""
         return False
 
+    @property
+    def routes(self) -> bool:
+        """Whether leaves of the query decide also what is written."""
+        return hasattr(self, "inner") and self.inner.routes
+
     def readable(self, state: PyTree) -> PyTree:
         """What `read` needs of a state, None for the rest: what is kept of a memory that is not
         written any more."""

@@ -230,17 +230,18 @@ linear_scan.defvjp(_linear_scan_forward, _linear_scan_backward)
 
 
 @jax.custom_batching.custom_vmap
-def anywhere(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+def any_of_batch(flag: Bool[Array, ""]) -> Bool[Array, ""]:
     """Whether the flag is set for any of what `vmap` maps over, sequences and heads.
 
     On it a `lax.cond` stays one under `vmap`, which makes a computation of both branches of others.
+    A batch that is sharded over devices is asked as a whole; inside `shard_map` each shard is.
     """
     return flag
 
 
-@anywhere.def_vmap
-def _anywhere(size, mapped, flag):
-    return anywhere(jnp.any(flag)), False
+@any_of_batch.def_vmap
+def _(size, mapped, flag):
+    return any_of_batch(jnp.any(flag)), False
 
 
 class Phases(NamedTuple):
@@ -276,10 +277,12 @@ class Phases(NamedTuple):
         """Tokens that are written in the second pass."""
         return self.written & ~self.before
 
-    def unless_done(self, second: Callable[..., PyTree], first: PyTree) -> PyTree:
-        """second(*first), the second pass, or `first` itself where no sequence of the batch has a
-        token behind a border."""
-        return lax.cond(anywhere(~jnp.all(self.before)), second, lambda *given: given, *first)
+    def with_second_pass(self, run: Callable[..., PyTree], after_first: PyTree) -> PyTree:
+        """run(*after_first), or `after_first` itself where no sequence of the batch has a token
+        behind a border. The gain was measured on a CPU, where few windows have one; on other
+        platforms the condition costs a synchronisation for each window."""
+        needed = any_of_batch(~jnp.all(self.before))
+        return lax.cond(needed, run, lambda *given: given, *after_first)
 
     def number(self) -> Int[Array, ""]:
         """Written tokens of the last document in the window."""

@@ -38,7 +38,7 @@ class CellSpec:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """A token mixer that is built from other token mixers, or that has no memory cell.
+    """A token mixer that is built from other token mixers, or that is no memory in itself.
 
     mixer: the Linen module; its field `inner` receives makers of the mixers in the parentheses.
     arguments: how many names may stand in the parentheses.

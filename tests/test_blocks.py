@@ -218,6 +218,19 @@ def test_window_sinks_and_memory_cover_every_position_once(window):
     assert distance(apply(params), expected) <= 1e-6
 
 
+def test_a_wrapped_memory_behind_a_window_starts_silent():
+    """The zero of its output projection reaches the mixer inside the wrapper."""
+    options = {"hybrid": {"combine": "window_exit"}, "sliding_window": {"heads": 2, "window": 2}}
+    options |= {"delta_net": {"heads": 2}, "memory_caching": {"segment": 2, "slots": 2}}
+    layer, x = "hybrid(sliding_window, memory_caching(delta_net))", np.ones((1, T, 8), np.float32)
+    module = make_mixer(layer, options, dim=8, std=0.5)(name="mixer")
+    ctx = Context(None, None, jnp.arange(T)[None])
+    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
+    window = make_mixer("sliding_window", options, dim=8, std=0.5)(name="mixer")
+    expected = jax.jit(window.apply)({"params": params["attention"]}, x, None, ctx)[0]
+    assert distance(jax.jit(module.apply)({"params": params}, x, None, ctx)[0], expected) <= 1e-6
+
+
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("name", ["mag", "mal"])
 def test_titans_blocks_equal_their_equations(name):
@@ -373,6 +386,10 @@ IMPOSSIBLE = {
         {"combine": "window_exit"},
     ),
     "sinks=-1": ("sliding_window", {"sinks": -1}),
+    "MixtureOfMemoriesMixer chooses what a token writes": (
+        "hybrid(sliding_window, mixture_of_memories)",
+        {"combine": "window_exit"},
+    ),
     "implementation 'fast': allowed are": ("delta_net", {"implementation": "fast"}),
 }
 

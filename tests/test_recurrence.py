@@ -127,7 +127,9 @@ def test_a_second_pass_is_made_where_a_sequence_needs_it():
 
     def window(x, before):
         phases = recurrence.Phases(2, None, None, None, before)
-        return phases.unless_done(lambda y: (jnp.where(before, y, jnp.sin(1 / y)),), (x,))[0].sum()
+        return phases.with_second_pass(lambda y: (jnp.where(before, y, jnp.sin(1 / y)),), (x,))[
+            0
+        ].sum()
 
     mapped = jax.vmap(jax.vmap(jax.value_and_grad(window)))
     x = np.ones((3, 2, 4), np.float32)

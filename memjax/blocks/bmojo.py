@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from memjax.cells.attention import HeadsMixer, SlidingWindow
+from memjax.cells.attention import HeadsMixer, SlidingWindow, without_sinks
 from memjax.nn.layers import rotary
 from memjax.registry import BlockSpec, register
 from memjax.typing import Array, Field, Float, Int
@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """The n-th written token of a document stands in slot n mod 2 W; free slots are zero."""
+    """The n-th written token of a document stands in slot n mod 2 W; free slots are zero. Its own
+    key and value are kept as long as the fading ones, though they are seen half as long."""
 
     k: Float[Array, "2W K"]
     v: Float[Array, "2W V"]
@@ -51,27 +52,14 @@ class FadingWindow(SlidingWindow):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sinks:
-            raise ValueError(f"FadingWindow has no sinks; given {self}")
+        without_sinks(self)
 
     @property
-    def reach(self):
-        return 2 * self.window
+    def ages(self):
+        return (0, self.window), (self.window, 2 * self.window)
 
     def leaves(self, x):
         return x.k, x.v, x.fading_k, x.fading_v
-
-    def read(self, params, state, x):
-        *kept, written = state
-        count = written[None]
-        parts = self.parts(kept, self.tokens(written), jnp.zeros_like(count), count - 1)
-        return self._attend(params, x.q[None], parts, count)[0]
-
-    def parts(self, leaves, index, low, high):
-        k, v, fading_k, fading_v = leaves
-        visible = (low[:, None] <= index) & (index <= high[:, None])
-        near = index > high[:, None] - self.window
-        return [(k, v, visible & near), (fading_k, fading_v, visible & ~near)]
 
     def init_state(self, params):
         k, v, written = super().init_state(params)

@@ -13,8 +13,11 @@ is our choice. Any two mixers may stand in: `hybrid(sliding_window, gated_delta_
 
 window_exit is the Artificial Hippocampus Network (2025, arXiv 2510.07318): window, sinks and memory
 cover every position once, and the memory's output projection starts at zero, so that the layer
-starts as the window alone. The memory has projections of its own, our choice; there it takes the
-window's queries, keys and values.
+starts as the window alone. W is without the sinks, the paper's with them. The memory has
+projections of its own, our choice; there it takes the window's queries, keys and values. What a
+mixer adds beside its memory's answers (`Mixer.beside`) is of the present token. The state has W
+times what the memory is given of a token, besides the window's own; decoding moves it at every
+token.
 """
 
 from collections.abc import Callable
@@ -89,6 +92,11 @@ def check_exit(attention: nn.Module, memory: nn.Module) -> None:
         raise ValueError(
             "combine 'window_exit' needs a memory cell behind the window; given "
             f"{type(memory).__name__}, a block. Use combine 'gate', 'parallel' or 'sequential'"
+        )
+    if memory.make_cell().routes:
+        raise ValueError(
+            f"combine 'window_exit': {type(memory).__name__} chooses what a token writes together "
+            "with its query, which is another token's here. Use another memory or combine"
         )
 
 

@@ -275,7 +275,7 @@ class GradientMemory(MemoryCell):
 
         if not aligned:
             base = phases.base(state.base, base, weights, fresh.weights)
-            y, weights, momentum = phases.unless_done(behind, (y, weights, momentum))
+            y, weights, momentum = phases.with_second_pass(behind, (y, weights, momentum))
         place, pairs = phases.place(state.place), state.pairs and whole.kept(past)
         return Learner(weights, momentum, base, place, pairs), y
 

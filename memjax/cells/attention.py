@@ -55,11 +55,6 @@ class Ring(NamedTuple):
     written: Int[Array, ""]
 
 
-def _axes(leaf: Array) -> str:
-    """Of the keys or values of a part, see `_attend`."""
-    return "s" if leaf.ndim == 2 else "cs"
-
-
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(MemoryCell):
     """Attention to the last `window` written tokens, the present one included, and to the sinks.
@@ -102,24 +97,24 @@ class SlidingWindow(MemoryCell):
         }
 
     @property
+    def ages(self) -> tuple[tuple[int, int], ...]:
+        """How many tokens old, from and to (exclusive), each pair of keys and values in `leaves` is
+        when it is seen; the present token is 0 old."""
+        return ((0, self.window),)
+
+    def leaves(self, x: PyTree) -> tuple[Array, ...]:
+        """What is kept of tokens in the order of the state: keys and values for each of `ages`."""
+        return x.k, x.v
+
+    @property
     def reach(self) -> int:
         """Tokens that are kept besides the sinks."""
-        return self.window
+        return self.ages[-1][1]
 
     @property
     def slots(self) -> int:
         """Tokens that are kept."""
         return self.sinks + self.reach
-
-    def leaves(self, x: PyTree) -> tuple[Array, ...]:
-        """What is kept of tokens, in the order of the state."""
-        return x.k, x.v
-
-    def parts(self, leaves, index, low, high):
-        """What queries may look at, parts of one softmax (see `_attend`): tokens `index` [n], whose
-        leaves are [n, ...], as far as they lie in a query's interval [low, high], [C]."""
-        k, v = leaves
-        return [(k, v, (low[:, None] <= index) & (index <= high[:, None]))]
 
     def slot(self, token: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where a token of the document is kept."""
@@ -148,29 +143,45 @@ class SlidingWindow(MemoryCell):
         return type(state)(*kept, written + 1)
 
     def read(self, params, state, x):
-        present = jnp.arange(self.slots) < state.written
-        parts = [(state.k, state.v, present[None])]
-        return self._attend(params, x.q[None], parts, state.written[None])[0]
+        *kept, written = state
+        low, high = jnp.maximum(written - self.reach, 0)[None], written[None] - 1
+        tokens, parts = self.tokens(written), []
+        for i, (youngest, oldest) in enumerate(self.ages):
+            visible = self._visible(tokens, low, high, youngest, oldest)
+            if youngest == 0:
+                visible = visible | self._sinks(tokens, 0 * low, high)
+            parts.append((kept[2 * i], kept[2 * i + 1], visible))
+        return self._attend(params, x.q[None], parts, written[None])[0]
+
+    def _visible(self, index, low, high, youngest, oldest):
+        """[C, n]: whether tokens `index` lie in a query's interval [low, high] and are, at `high`,
+        at least `youngest` and less than `oldest` tokens old."""
+        age = high[:, None] - index
+        return (low[:, None] <= index) & (youngest <= age) & (age < oldest)
+
+    def _sinks(self, index, origin, high):
+        """[C, n]: whether tokens `index` are sinks of the document that begins at `origin`."""
+        rank = index - origin[:, None]
+        return (rank >= 0) & (rank < self.sinks) & (index <= high[:, None])
 
     def _attend(self, params, q, parts, count):
         """One softmax of q [C, G, K] over parts (k [n, K], v [n, V], visible [C, n]) and over the
-        persistent tokens; k and v may differ for each query, [C, n, ...]. Zero when nothing is
-        visible."""
+        persistent tokens. Zero when nothing is visible."""
         scale = self.key_dim**-0.5 if self.scale is None else self.scale
         if self.persistent:
             always = jnp.ones((len(q), self.persistent), bool)
             parts = [*parts, (params["k"], params["v"], always)]
         scores = []
         for k, _, visible in parts:
-            product = dot(f"cgk,{_axes(k)}k->cgs", q, k.astype(q.dtype))
-            scores.append(jnp.where(visible[:, None], scale * product, -jnp.inf))
+            product = scale * dot("cgk,sk->cgs", q, k.astype(q.dtype))
+            scores.append(jnp.where(visible[:, None], product, -jnp.inf))
         tops = [jnp.max(score, axis=-1, keepdims=True) for score in scores]
         top = lax.stop_gradient(functools.reduce(jnp.maximum, tops))
         weights = [jnp.exp(score - jnp.where(jnp.isfinite(top), top, 0)) for score in scores]
         total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
         total = jnp.where(total == 0, 1, total)
         return sum(
-            dot(f"cgs,{_axes(v)}v->cgv", weight / total, v.astype(q.dtype))
+            dot("cgs,sv->cgv", weight / total, v.astype(q.dtype))
             for weight, (_, v, _) in zip(weights, parts, strict=True)
         )
 
@@ -218,25 +229,36 @@ class SlidingWindow(MemoryCell):
         kept."""
         length, size = queries[0].shape[0], line[0].shape[0]
         block = min(self.block or min(self.window, 128), length)
-        slab = min(self.reach + block, size)
 
         @jax.checkpoint
         def answer(inputs):
             q, low, high, origin, count = inputs
-            start = jnp.clip(high[0] - self.reach + 1, 0, size - slab)
-            leaves = tuple(lax.dynamic_slice_in_dim(a, start, slab) for a in line)
-            parts = self.parts(leaves, start + jnp.arange(slab), low, high)
-            if self.sinks:
-                index = origin[:, None] + jnp.arange(self.sinks)
-                held, here = (index < 0)[..., None], jnp.clip(index, 0, size - 1)  # carried in
-                k, v = (
-                    jnp.where(held, old[: self.sinks], new[here])
-                    for old, new in zip(carried[:-1], line, strict=True)
-                )
-                parts.append((k, v, index < low[:, None]))
+            parts = []
+            for i, (youngest, oldest) in enumerate(self.ages):
+                slab = min(oldest - youngest + block, size)
+                start = jnp.clip(high[0] - oldest + 1, 0, size - slab)
+                index = start + jnp.arange(slab)
+                visible = self._visible(index, low, high, youngest, oldest)
+                pair = line[2 * i : 2 * i + 2]
+                if self.sinks and youngest == 0:
+                    visible = visible | self._sinks(index, origin, high)
+                    parts.append(self._sinks_in_front(pair, carried, origin, start))
+                k, v = (lax.dynamic_slice_in_dim(a, start, slab) for a in pair)
+                parts.append((k, v, visible))
             return self._attend(params, q, parts, count)
 
         return from_chunks(lax.map(answer, to_chunks(queries, block)), length)
+
+    def _sinks_in_front(self, line, carried, origin, start):
+        """The sinks in front of a block's slab, as a part: those of the document of its first
+        query. Documents that begin later begin in the slab."""
+        index = origin[0] + jnp.arange(self.sinks)
+        held, here = (index < 0)[:, None], jnp.clip(index, 0, len(line[0]) - 1)  # carried in
+        k, v = (
+            jnp.where(held, old[: self.sinks], new[here])
+            for old, new in zip(carried[:2], line, strict=True)
+        )
+        return k, v, (origin == origin[0])[:, None] & (index < start)
 
     def _ring(self, empty: PyTree, line, origin, count) -> PyTree:
         """The ring after the last token, from the line of what is kept."""
@@ -250,13 +272,24 @@ class SlidingWindow(MemoryCell):
         return type(empty)(*kept, count)
 
 
+def without_sinks(cell: SlidingWindow) -> None:
+    """ValueError when a cell that sees all it keeps is given sinks."""
+    if cell.sinks:
+        raise ValueError(f"{type(cell).__name__} has no sinks; given {cell}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Attention(SlidingWindow):
-    """Attention to all written tokens of the document; `window` is the most that fit.
+    """Attention to all written tokens of the document; `window` is the most that fit, and there are
+    no sinks.
 
     A longer sequence raises ValueError. Where the count is known at run time only (decoding under
     jit), answers past the capacity are NaN.
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        without_sinks(self)
 
     def scan(self, params, state, xs, reset, write):
         self._check(xs)

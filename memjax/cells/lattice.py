@@ -179,7 +179,7 @@ class Lattice(MemoryCell):
 
         if not aligned:
             base = phases.base(state.base, base, slots, fresh.base)
-            y, slots = phases.unless_done(behind, (y, slots))
+            y, slots = phases.with_second_pass(behind, (y, slots))
         return Slots(slots, base, phases.place(state.place)), y
 
     def _retract(self, slots, number):

@@ -12,8 +12,8 @@ class WrapperMixer(Mixer):
 
     @property
     def template(self) -> Mixer:
-        """The inner mixer, without parameters."""
-        return self.inner[0](parent=None)
+        """The inner mixer, without parameters; its output projection is this layer's."""
+        return self.inner[0](parent=None, out_scale=self.out_scale)
 
     @property
     def memories(self) -> int:

@@ -293,7 +293,7 @@ class MemoryCachingMixer(WrapperMixer):
         )
 
     def setup(self):
-        self.cell, self.wrapped = self.make_cell(), self.inner[0]()
+        self.cell, self.wrapped = self.make_cell(), self.inner[0](out_scale=self.out_scale)
         if self.mode != "residual":
             shape = self.memories, self.cell.axis("P")
             self.ask = Dense(shape, ("heads", None), std=self.std, dtype=self.dtype)

@@ -67,6 +67,11 @@ class MixtureOfMemories(MemoryCell):
         return with_router(self.inner.inputs)
 
     @property
+    def routes(self) -> bool:
+        """By the gates."""
+        return True
+
+    @property
     def linear(self) -> bool:
         """As the inner cell."""
         return self.inner.linear
