@@ -27,7 +27,6 @@ CELLS = {name: (((name,), 1),) for name in memjax.cells.names()}
 COMBINED = {
     "scanned": ((("base_conv",), 1), (("hybrid(sliding_window, gated_delta_net)",), 2)),
     "sequential": ((("hybrid(attention, linear_attention)",), 1),),
-    "parallel": ((("hybrid(sliding_window, linear_attention)",), 1),),
     "bmojo_f": ((("bmojo_f(gated_delta_net)",), 2),),
     "mag": ((("mag(sliding_window, titans)",), 1),),
     "mal": ((("mal(sliding_window, titans)",), 1),),
