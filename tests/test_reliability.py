@@ -118,6 +118,7 @@ def text_settings(tmp_path) -> dict:
     return runs.text(tmp_path, **LONG, accumulate=2)
 
 
+@pytest.mark.slow
 def test_killed_terminated_and_interrupted_run_equals_an_uninterrupted_one(tmp_path):
     whole, broken, _ = pair(tmp_path, runs.TEXT, text_settings(tmp_path))
     broken.send(signal.SIGKILL, lambda: broken.steps() >= 19 and broken.saving())

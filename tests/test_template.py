@@ -38,6 +38,7 @@ def run(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_it_trains_on_mqar(copy):
     source = "configs/mqar.py:my_memory"
     run(copy, "memjax.train", *arguments(source, copy / "run", TASK))
