@@ -120,7 +120,9 @@ def text_settings(tmp_path) -> dict:
 
 @pytest.mark.slow
 def test_killed_terminated_and_interrupted_run_equals_an_uninterrupted_one(tmp_path):
-    whole, broken, _ = pair(tmp_path, runs.TEXT, text_settings(tmp_path))
+    draw = random.Random(0)
+    whole, broken, seconds = pair(tmp_path, runs.TEXT, text_settings(tmp_path))
+    broken.send(signal.SIGKILL, early(broken, draw.uniform(0, seconds)))
     broken.send(signal.SIGKILL, lambda: broken.steps() >= 19 and broken.saving())
     broken.send(signal.SIGTERM, reach(broken, broken.steps() + 2), code=train.UNFINISHED)
     stopped = runs.summary(broken.workdir)

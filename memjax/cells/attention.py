@@ -148,8 +148,8 @@ class SlidingWindow(MemoryCell):
         tokens, parts = self.tokens(written), []
         for i, (youngest, oldest) in enumerate(self.ages):
             visible = self._visible(tokens, low, high, youngest, oldest)
-            if youngest == 0:
-                visible = visible | self._sinks(tokens, 0 * low, high)
+            if self.sinks and youngest == 0:
+                visible = visible | self._sinks(tokens, jnp.zeros_like(low), high)
             parts.append((kept[2 * i], kept[2 * i + 1], visible))
         return self._attend(params, x.q[None], parts, written[None])[0]
 
