@@ -13,6 +13,7 @@ others; `attention` is the same ring with room for all tokens, and tells when th
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Annotated, ClassVar, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ from memjax.recurrence import (
     to_chunks,
 )
 from memjax.registry import CellSpec, register
-from memjax.typing import Array, DTypeLike, Field, Float, Int, PyTree
+from memjax.typing import Array, Bool, DTypeLike, Field, Float, Int, PyTree
 
 
 class Inputs(NamedTuple):
@@ -53,6 +54,24 @@ class Ring(NamedTuple):
     k: Float[Array, "S+W K"]
     v: Float[Array, "S+W V"]
     written: Int[Array, ""]
+
+
+class Line(NamedTuple):
+    """All that is kept of tokens on one line: the ring, oldest first, then the written tokens.
+
+    kept: leaves [R + T, ...]. high: [T], where each token's last written one stands on the line,
+    itself when it is written. origin: [T], where its document begins; below zero when that lies in
+    front of the ring.
+    """
+
+    kept: tuple[Array, ...]
+    high: Int[Array, " T"]
+    origin: Int[Array, " T"]
+
+    @property
+    def count(self) -> Int[Array, " T"]:
+        """Written tokens of the document up to each token."""
+        return self.high + 1 - self.origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +162,10 @@ class SlidingWindow(MemoryCell):
         return type(state)(*kept, written + 1)
 
     def read(self, params, state, x):
+        return self._attend(params, x.q[None], self._parts(state), state.written[None])[0]
+
+    def _parts(self, state: PyTree) -> list[tuple[Array, Array, Bool[Array, "1 n"]]]:
+        """What the token after the last written one sees, see `_attend`."""
         *kept, written = state
         low, high = jnp.maximum(written - self.reach, 0)[None], written[None] - 1
         tokens, parts = self.tokens(written), []
@@ -151,7 +174,7 @@ class SlidingWindow(MemoryCell):
             if self.sinks and youngest == 0:
                 visible = visible | self._sinks(tokens, jnp.zeros_like(low), high)
             parts.append((kept[2 * i], kept[2 * i + 1], visible))
-        return self._attend(params, x.q[None], parts, written[None])[0]
+        return parts
 
     def _visible(self, index, low, high, youngest, oldest):
         """[C, n]: whether tokens `index` lie in a query's interval [low, high] and are, at `high`,
@@ -187,17 +210,19 @@ class SlidingWindow(MemoryCell):
 
     @per_head
     def chunked(self, params, state, xs, reset, write):
-        """Blocks of queries over the slab of keys that they can see: O(T (W + block)).
-
-        All keys stand on one line: the ring, oldest first, then the written tokens. A token sees
-        the interval [low, high] of that line.
-        """
+        """Blocks of queries over the slab of keys that they can see: O(T (W + block))."""
         dtype = accumulator_dtype(state, xs)
+        fresh = self.fresh(params, dtype)
+        line = self._line(fresh, state, xs, reset, write)
+        carried = fresh if state is None else state
+        y = self._blocks(params, promote(xs.q, dtype), line, carried)
+        return y.astype(xs.q.dtype), self._ring(fresh, carried, line, reset)
+
+    def _line(self, fresh: PyTree, state: PyTree | None, xs, reset, write) -> Line:
+        """Lays the ring and the written tokens out; fresh: an empty ring."""
         length = xs.q.shape[0]
-        q = promote(xs.q, dtype)
-        store = self.fresh(params, dtype)
-        line = tuple(
-            new.astype(old.dtype) for new, old in zip(self.leaves(xs), store[:-1], strict=True)
+        kept = tuple(
+            new.astype(old.dtype) for new, old in zip(self.leaves(xs), fresh[:-1], strict=True)
         )
         ring = 0 if state is None else self.reach
         start = jnp.zeros((), jnp.int32) if state is None else state.written
@@ -206,48 +231,56 @@ class SlidingWindow(MemoryCell):
         before = high + 1 - written.astype(jnp.int32)
         if write is not None:  # written tokens only, in order
             place = jnp.where(written, before - ring, length)
-            line = tuple(jnp.zeros_like(a).at[place].set(a, mode="drop") for a in line)
+            kept = tuple(jnp.zeros_like(a).at[place].set(a, mode="drop") for a in kept)
         if state is not None:
             oldest_first = self.slot(jnp.maximum(start + jnp.arange(-ring, 0), 0))
-            line = tuple(
+            kept = tuple(
                 jnp.concatenate([old[oldest_first], new])
-                for old, new in zip(state[:-1], line, strict=True)
+                for old, new in zip(state[:-1], kept, strict=True)
             )
-        origin = jnp.full((length,), ring - start)  # where each token's document begins
+        origin = jnp.full((length,), ring - start)
         if reset is not None:
             origin = lax.cummax(jnp.where(reset, before, origin))
-        low = jnp.maximum(high - self.reach + 1, jnp.maximum(origin, 0))
-        queries = q, low, high, origin, high + 1 - origin
-        y = self._blocks(params, queries, line, store if state is None else state)
-        if state is not None:  # slots that stay free are those that were carried in
-            store = state if reset is None else select(reset.any(), store, state)
-        final = self._ring(store, line, origin[-1], high[-1] + 1 - origin[-1])
-        return y.astype(xs.q.dtype), final
+        return Line(kept, high, origin)
 
-    def _blocks(self, params, queries, line, carried: PyTree):
-        """Answers to queries (q, low, high, origin, count), leaves [T, ...], on the line of what is
-        kept."""
-        length, size = queries[0].shape[0], line[0].shape[0]
-        block = min(self.block or min(self.window, 128), length)
+    def block_size(self, length: int) -> int:
+        """Queries that are handled together."""
+        return min(self.block or min(self.window, 128), length)
+
+    def _blocks(
+        self,
+        params: PyTree,
+        q: Float[Array, "T G K"],
+        line: Line,
+        carried: PyTree,
+        more: PyTree = None,
+        more_parts: Callable[..., list] = lambda more, high, origin: [],
+    ) -> Float[Array, "T G V"]:
+        """Answers to all queries. carried: the ring in front. more: leaves [N, ...], one for each
+        block, of which `more_parts` makes further parts of what its queries see."""
+        length, size = q.shape[0], line.kept[0].shape[0]
+        block = self.block_size(length)
 
         @jax.checkpoint
         def answer(inputs):
-            q, low, high, origin, count = inputs
-            parts = []
+            (q, high, origin), more = inputs
+            low = jnp.maximum(high - self.reach + 1, jnp.maximum(origin, 0))
+            parts = more_parts(more, high, origin)
             for i, (youngest, oldest) in enumerate(self.ages):
                 slab = min(oldest - youngest + block, size)
                 start = jnp.clip(high[0] - oldest + 1, 0, size - slab)
                 index = start + jnp.arange(slab)
                 visible = self._visible(index, low, high, youngest, oldest)
-                pair = line[2 * i : 2 * i + 2]
+                pair = line.kept[2 * i : 2 * i + 2]
                 if self.sinks and youngest == 0:
                     visible = visible | self._sinks(index, origin, high)
                     parts.append(self._sinks_in_front(pair, carried, origin, start))
                 k, v = (lax.dynamic_slice_in_dim(a, start, slab) for a in pair)
                 parts.append((k, v, visible))
-            return self._attend(params, q, parts, count)
+            return self._attend(params, q, parts, high + 1 - origin)
 
-        return from_chunks(lax.map(answer, to_chunks(queries, block)), length)
+        queries = to_chunks((q, line.high, line.origin), block)
+        return from_chunks(lax.map(answer, (queries, more)), length)
 
     def _sinks_in_front(self, line, carried, origin, start):
         """The sinks in front of a block's slab, as a part: those of the document of its first
@@ -260,16 +293,16 @@ class SlidingWindow(MemoryCell):
         )
         return k, v, (origin == origin[0])[:, None] & (index < start)
 
-    def _ring(self, empty: PyTree, line, origin, count) -> PyTree:
-        """The ring after the last token, from the line of what is kept."""
+    def _ring(self, fresh: PyTree, carried: PyTree, line: Line, reset) -> PyTree:
+        """The ring after the last token. Slots that stay free are those that were carried in."""
+        empty = carried if reset is None else select(reset.any(), fresh, carried)
+        origin, count = line.origin[-1], line.count[-1]
         token = self.tokens(count)
         index = origin + token  # < 0: a sink that was carried in
-        there = ((token >= 0) & (index >= 0))[:, None]
-        index = jnp.clip(index, 0, line[0].shape[0] - 1)
-        kept = (
-            jnp.where(there, new[index], old) for new, old in zip(line, empty[:-1], strict=True)
-        )
-        return type(empty)(*kept, count)
+        there = (token >= 0) & (index >= 0)
+        index = jnp.clip(index, 0, line.kept[0].shape[0] - 1)
+        new = tuple(a[index] for a in line.kept)
+        return type(fresh)(*select(there, new, tuple(empty[:-1])), count)
 
 
 def without_sinks(cell: SlidingWindow) -> None:
