@@ -28,6 +28,8 @@ COMBINED = {
     "scanned": ((("base_conv",), 1), (("hybrid(sliding_window, gated_delta_net)",), 2)),
     "sequential": ((("hybrid(attention, linear_attention)",), 1),),
     "bmojo_f": ((("bmojo_f(gated_delta_net)",), 2),),
+    "bmojo": ((("bmojo(gated_delta_net)",), 2),),
+    "mac": ((("mac(titans)",), 2),),
     "mag": ((("mag(sliding_window, titans)",), 1),),
     "mal": ((("mal(sliding_window, titans)",), 1),),
     "window_exit": ((("hybrid(sliding_window, gated_delta_net)",), 2),),
@@ -56,7 +58,14 @@ def options(layers, changes=None) -> dict:
     found = {}
     for name in {n for pattern, _ in layers for text in pattern for n in mixer_names(text)}:
         window = 40 if hasattr(get(name).mixer, "capacity") else 3
-        small = {"heads": 2, "frozen_chunk": 4, "window": window, "segment": 3, "slots": 2}
+        small = {
+            "heads": 2,
+            "frozen_chunk": 4,
+            "window": window,
+            "segment": 3,
+            "slots": 2,
+            "top": 2,
+        }
         found[name] = {k: v for k, v in small.items() if k in mixer_options(name)}
     for name, changed in (changes or {}).items():
         found[name] |= changed

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from block_references import softmax
 from contract import distance
 
 from memjax import sharding
-from memjax.blocks.bmojo import BMojoF
 from memjax.cell import MemoryCell
 from memjax.defaults import default_mixers
 from memjax.nn.layers import Context, Norm
@@ -186,11 +186,6 @@ def attended(params, x, visible, weigh):
     return np.einsum("bthv,hvd->btd", answers, kernel)
 
 
-def softmax(scores, visible):
-    weights = np.where(visible, np.exp(scores), 0)
-    return weights / weights.sum(-1, keepdims=True)
-
-
 @pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("window", [1, W, T])  # the last: attention to all tokens
 def test_window_sinks_and_memory_cover_every_position_once(window):
@@ -229,102 +224,6 @@ def test_a_wrapped_memory_behind_a_window_starts_silent():
     window = make_mixer("sliding_window", options, dim=8, std=0.5)(name="mixer")
     expected = jax.jit(window.apply)({"params": params["attention"]}, x, None, ctx)[0]
     assert distance(jax.jit(module.apply)({"params": params}, x, None, ctx)[0], expected) <= 1e-6
-
-
-@pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("name", ["mag", "mal"])
-def test_titans_blocks_equal_their_equations(name):
-    """With persistent keys and values, which every token sees."""
-    options = {"sliding_window": {"heads": 2, "window": W, "rotary_base": 0.0, "persistent": 2}}
-    options["delta_net"] = {"heads": 2}
-    shared, ctx = dict(dim=8, std=0.5), Context(None, None, jnp.arange(T)[None])
-    module = make_mixer(f"{name}(sliding_window, delta_net)", options, **shared)(name="mixer")
-    x = np.random.default_rng(1).normal(size=(1, T, 8)).astype(np.float32)
-    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
-    memory = make_mixer("delta_net", options, **shared)(name="mixer")
-    held = np.float64(memory.apply({"params": params["memory"]}, x, None, ctx)[0])
-
-    def window(x):
-        age, own = np.arange(T)[:, None] - np.arange(T), params["attention"]["memory"]
-        q, k, v = (
-            np.tensordot(x, np.float64(params["attention"][n]["kernel"]), 1)
-            for n in ("query", "key", "value")
-        )
-        k, v = (
-            np.concatenate([np.float64(own[n]).transpose(1, 0, 2)[None], a], axis=1)
-            for n, a in (("k", k), ("v", v))
-        )
-        visible = np.concatenate([np.ones((T, 2), bool), (age >= 0) & (age < W)], axis=1)
-        scores = np.einsum("bthk,bshk->bhts", q[:, :, :, 0], k) / 2
-        y = np.einsum("bhts,bshv->bthv", softmax(scores, visible), v)
-        kernel = np.float64(params["attention"]["output"]["kernel"])[:, 0]
-        return np.einsum("bthv,hvd->btd", y, kernel)
-
-    def norm(a):
-        return a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-5)
-
-    expected = window(held)
-    if name == "mag":
-        expected = norm(window(x)) / (1 + np.exp(-norm(held)))
-    y = jax.jit(module.apply)({"params": params}, x, None, ctx)[0]
-    assert distance(y, expected) <= 3e-6
-
-
-class Same(nn.Module):
-    """A mixer that changes nothing."""
-
-    dim: int = 8
-    out_scale: float = 1.0
-
-    def __call__(self, x, state, ctx):
-        return x, {}, ctx
-
-
-@pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize(("inner", "tie"), [(Same, True), ("delta_net", False)])
-def test_bmojo_f_equals_its_equation(inner, tie):
-    """Query 6 of a window of 3 sees tokens 4 to 6 and fading tokens 1 to 3."""
-    make = inner if inner is Same else make_mixer(inner, {inner: {"heads": 2}}, dim=8, std=0.5)
-    options = dict(heads=2, window=3, rotary_base=0.0, tie=tie)
-    module = BMojoF(dim=8, inner=(make,), std=0.5, **options)
-    x = np.random.default_rng(1).normal(size=(2, T, 8)).astype(np.float32)
-    ctx = Context(None, None, jnp.broadcast_to(jnp.arange(T), (2, T)))
-    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
-    y, state, _ = jax.jit(module.apply)({"params": params}, x, None, ctx)
-    made = x
-    if inner != Same:
-        mixer = make(name="mixer")
-        made = np.asarray(mixer.apply({"params": params["fading"]}, x, None, ctx)[0])
-    own = params if tie else {n: params[f"fading_{n}"] for n in ("key", "value")}
-    kernels = [params["query"], params["key"], params["value"], own["key"], own["value"]]
-    given = (x, x, x, made, made)
-    q, k, v, fk, fv = (
-        np.tensordot(a, np.float64(p["kernel"]), 1) for a, p in zip(given, kernels, strict=True)
-    )
-    age = np.arange(T)[:, None] - np.arange(T)
-    visible = np.concatenate([(age >= 0) & (age < 3), (age >= 3) & (age < 6)], axis=1)
-    assert visible[6].nonzero()[0].tolist() == [4, 5, 6, T + 1, T + 2, T + 3]
-    keys, values = np.concatenate([k, fk], axis=1), np.concatenate([v, fv], axis=1)
-    scores = np.einsum("bthk,bshk->bhts", q[:, :, :, 0], keys) / 2
-    answers = np.einsum("bhts,bshv->bthv", softmax(scores, visible), values)
-    kernel = np.float64(params["output"]["kernel"])[:, 0]
-    assert distance(y, np.einsum("bthv,hvd->btd", answers, kernel)) <= 2e-6
-
-
-@pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize(("inner", "window", "seen"), [(Same, 3, 6), ("delta_net", T, T)])
-def test_bmojo_f_is_a_window_twice_as_long_or_attention(inner, window, seen):
-    """Of tokens themselves, with rotary positions; and when all tokens fit."""
-    make = inner if inner is Same else make_mixer(inner, {inner: {"heads": 2}}, dim=8, std=0.5)
-    module = BMojoF(dim=8, inner=(make,), std=0.5, heads=2, window=window)
-    x = np.random.default_rng(1).normal(size=(2, T, 8)).astype(np.float32)
-    ctx = Context(None, None, jnp.broadcast_to(jnp.arange(T), (2, T)))
-    params = nn.unbox(jax.jit(module.init)(KEY, x, None, ctx)["params"])
-    y = jax.jit(module.apply)({"params": params}, x, None, ctx)[0]
-    options = {"sliding_window": {"heads": 2, "window": seen}}
-    plain = make_mixer("sliding_window", options, dim=8, std=0.5)(name="mixer")
-    shared = {name: params[name] for name in ("query", "key", "value", "output")}
-    assert distance(y, plain.apply({"params": shared}, x, None, ctx)[0]) <= 1e-6
 
 
 MESSAGES = {

@@ -149,8 +149,8 @@ class EideticWindow(FadingWindow):
         super().__post_init__()
         if not (1 <= self.top <= self.window and self.stored >= 1 and self.evict in EVICT):
             raise ValueError(
-                f"{type(self).__name__}: stored must be at least 1, top from 1 to the window, evict "
-                f"one of {', '.join(EVICT)}; given {self}"
+                f"{type(self).__name__}: stored must be at least 1, top from 1 to the window, "
+                f"evict {' or '.join(EVICT)}; given {self}"
             )
 
     def leaves(self, x):

@@ -130,6 +130,11 @@ class SlidingWindow(MemoryCell):
         """Tokens that are kept besides the sinks."""
         return self.ages[-1][1]
 
+    def lowest(self, high: Int[Array, "C"], origin: Int[Array, "C"]) -> Int[Array, "C"]:
+        """The oldest token in sight, sinks apart, when `high` is the last written one of a document
+        that begins at `origin`."""
+        return jnp.maximum(high - self.reach + 1, jnp.maximum(origin, 0))
+
     @property
     def slots(self) -> int:
         """Tokens that are kept."""
@@ -167,7 +172,8 @@ class SlidingWindow(MemoryCell):
     def _parts(self, state: PyTree) -> list[tuple[Array, Array, Bool[Array, "1 n"]]]:
         """What the token after the last written one sees, see `_attend`."""
         *kept, written = state
-        low, high = jnp.maximum(written - self.reach, 0)[None], written[None] - 1
+        high = written[None] - 1
+        low = self.lowest(high, jnp.zeros_like(high))
         tokens, parts = self.tokens(written), []
         for i, (youngest, oldest) in enumerate(self.ages):
             visible = self._visible(tokens, low, high, youngest, oldest)
@@ -264,7 +270,7 @@ class SlidingWindow(MemoryCell):
         @jax.checkpoint
         def answer(inputs):
             (q, high, origin), more = inputs
-            low = jnp.maximum(high - self.reach + 1, jnp.maximum(origin, 0))
+            low = self.lowest(high, origin)
             parts = more_parts(more, high, origin)
             for i, (youngest, oldest) in enumerate(self.ages):
                 slab = min(oldest - youngest + block, size)

@@ -1,0 +1,85 @@
+"""Titans' memory as a gate, as a layer and as a context, each against its equation."""
+
+import jax
+import numpy as np
+import pytest
+from block_references import T, W, attend, context, initialise, project, tokens
+from contract import distance
+
+from memjax.nn.stack import make_mixer
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+PERSISTENT = 2
+SHARED = dict(dim=8, std=0.5)
+DELTA = {"delta_net": {"heads": 2}}
+AGE = np.arange(T)[:, None] - np.arange(T)
+
+
+def always(own, keys, values, visible):
+    """Keys, values and what is visible, with the persistent ones in front."""
+    k, v = (np.float64(own[name]).transpose(1, 0, 2)[None] for name in ("k", "v"))
+    k, v = np.concatenate([k, keys], axis=1), np.concatenate([v, values], axis=1)
+    return k, v, np.concatenate([np.ones((len(visible), PERSISTENT), bool), visible], axis=1)
+
+
+def norm(a):
+    return a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-5)
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+@pytest.mark.parametrize("name", ["mag", "mal"])
+def test_mag_and_mal_equal_their_equations(name):
+    """With persistent keys and values, which every token sees."""
+    window = {"heads": 2, "window": W, "rotary_base": 0.0, "persistent": PERSISTENT}
+    options, x = {"sliding_window": window, **DELTA}, tokens()
+    module = make_mixer(f"{name}(sliding_window, delta_net)", options, **SHARED)(name="mixer")
+    params, apply = initialise(module, x)
+    memory = make_mixer("delta_net", options, **SHARED)(name="mixer")
+    held = np.float64(memory.apply({"params": params["memory"]}, x, None, context())[0])
+
+    def near(x):
+        layer = params["attention"]
+        q, k, v = (project(x, layer[n]) for n in ("query", "key", "value"))
+        return attend(layer, q, *always(layer["memory"], k, v, (AGE >= 0) & (AGE < W)))
+
+    expected = near(held) if name == "mal" else norm(near(x)) * sigmoid(norm(held))
+    assert distance(apply(params, x), expected) <= 3e-6
+
+
+def test_mac_equals_its_equation():
+    """Segment by segment: the memory is asked as it stood behind the last one, a token sees what it
+    says of tokens up to its own, and it is written with the attention's answers."""
+    options, x = {"mac": dict(segment=W, persistent=PERSISTENT, heads=2, rotary_base=0.0)}, tokens()
+    module = make_mixer("mac(delta_net)", options | DELTA, **SHARED)(name="mixer")
+    params, apply = initialise(module, x)
+    memory = make_mixer("delta_net", options | DELTA, **SHARED)(name="mixer")
+
+    @jax.jit
+    def ask(part, state, write):
+        ctx = context(1, part.shape[1]).replace(write=write)
+        return memory.apply({"params": params["memory"]}, part, state, ctx)
+
+    layer, state, answers = params["attention"], None, []
+    for begin in range(0, T, W):
+        part = x[:, begin : begin + W]
+        n = part.shape[1]
+        told = np.float64(ask(part, state, np.zeros((1, n), bool))[0])
+        q, k, v = (project(part, layer[name]) for name in ("query", "key", "value"))
+        told_k, told_v = (project(told, layer[name]) for name in ("key", "value"))
+        keys, values = np.concatenate([k, told_k], axis=1), np.concatenate([v, told_v], axis=1)
+        past = np.tri(n, dtype=bool)
+        visible = np.concatenate([past, past], axis=1)
+        y = attend(layer, q, *always(layer["memory"], keys, values, visible))
+        held, state, _ = ask(np.float32(y), state, np.ones((1, n), bool))
+        answers.append(norm(y) * sigmoid(norm(np.float64(held))))
+    assert distance(apply(params, x), np.concatenate(answers, axis=1)) <= 5e-6
+
+
+def test_mac_needs_a_memory():
+    for inside in ("base_conv", "rwkv7", "mixture_of_memories"):
+        module = make_mixer(f"mac({inside})", {}, **SHARED)(name="mixer")
+        with pytest.raises(ValueError, match="mac needs a memory cell that publishes nothing"):
+            initialise(module, tokens())
