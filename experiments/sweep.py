@@ -70,25 +70,30 @@ def train(given, cell, seed):
     workdir = ROOT / "runs" / given.task / name
     if not finished(workdir):
         steps = f",steps={given.steps}" if given.steps else ""
-        command = (sys.executable, "-m", "memjax.train", f"--workdir={workdir}")
-        config = f"--config=configs/{given.task}.py:{cell},seed={seed}{steps}"
-        alone = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} if given.jobs > 1 else {}
-        compiled = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "compiled")}
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{workdir}.log", "a", encoding="utf-8") as log:
-            environment = {**compiled, **os.environ, **alone}
-            done = subprocess.run(
-                [*command, config, f"--config.model.dtype={given.dtype}"],
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-        if done.returncode:
-            print(f"{cell}, seed {seed}: failed, see {workdir}.log", flush=True)
+        config = f"configs/{given.task}.py:{cell},seed={seed}{steps}"
+        command = ("memjax.train", f"--config={config}", f"--config.model.dtype={given.dtype}")
+        if not run(command, workdir, given.jobs):
             return None
-        print(f"{cell}, seed {seed}: finished", flush=True)
     return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+
+
+def run(command, workdir, jobs):
+    """Runs `python -m command --workdir=workdir`, on one core if jobs > 1, and tells how it ended;
+    returns whether it is well."""
+    alone = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} if jobs > 1 else {}
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "compiled")}
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{workdir}.log", "a", encoding="utf-8") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", *command, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env={**compiled, **os.environ, **alone},
+            stdout=log,
+            stderr=log,
+        )
+    told = f"failed, see {workdir}.log" if done.returncode else "finished"
+    print(f"{workdir.name}, {command[0]}: {told}", flush=True)
+    return not done.returncode
 
 
 def finished(workdir):

@@ -1,0 +1,44 @@
+"""Recall of pairs that lie beyond a window: hybrids of attention and memory, and their halves.
+
+    python -m memjax.train \\
+        --config='configs/hybrid_recall.py:hybrid(sliding_window, gated_delta_net),seed=1' \\
+        --workdir=runs/hybrid_recall
+
+128 tokens bind 8 keys and ask for them at any distance up to 126 tokens; windows see 16 tokens. The
+first argument is a mixer as it reads; task=forgetting_mqar binds every key twice. About two minutes
+on one CPU core; experiments/hybrid_recall has accuracy against distance.
+"""
+
+from memjax import defaults
+from memjax.blocks.hybrid import COMBINE
+from memjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(
+        arg,
+        mixer="hybrid(sliding_window, gated_delta_net)",
+        task=("mqar", ("mqar", "forgetting_mqar")),
+        combine=("gate", COMBINE),  # of a hybrid
+        stored=32,  # tokens that bmojo keeps
+        seed=0,
+        steps=600,
+        lr=1e-2,
+    )
+    data = {
+        "name": arg.task,
+        "length": 128,
+        "pairs": 8,
+        "vocab": 1024,
+        "power": 1.0,  # queries at any distance, with equal chances
+        "noise": True,
+        "eval_examples": 3000,
+    }
+    if arg.task == "forgetting_mqar":
+        data["updates"] = 8
+    config = defaults.tiny_recall(data, arg.mixer)
+    for name, options in (("hybrid", {"combine": arg.combine}), ("bmojo", {"stored": arg.stored})):
+        if name in config.model.mixers:
+            config.model.mixers[name].update(options)
+    config.seed, config.steps, config.optim.lr = arg.seed, arg.steps, arg.lr
+    return config
