@@ -29,7 +29,7 @@ COMBINED = {
     "sequential": ((("hybrid(attention, linear_attention)",), 1),),
     "bmojo_f": ((("bmojo_f(gated_delta_net)",), 2),),
     "bmojo": ((("bmojo(gated_delta_net)",), 2),),
-    "mac": ((("mac(titans)",), 2),),
+    "mac": ((("mac(delta_net)",), 2),),
     "mag": ((("mag(sliding_window, titans)",), 1),),
     "mal": ((("mal(sliding_window, titans)",), 1),),
     "window_exit": ((("hybrid(sliding_window, gated_delta_net)",), 2),),

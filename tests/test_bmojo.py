@@ -127,6 +127,7 @@ def test_bmojo_without_a_store_is_bmojo_f_and_with_all_tokens_attention():
     assert distance(apply(params, x), attention(params, x, LONG)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_foreseen_stream_stores_nothing_and_what_differs_is_stored():
     module = block(BMojo, stored=6, top=2, predictor=2)
     x = np.ones((2, LONG, 8), np.float32)
@@ -140,6 +141,7 @@ def test_a_foreseen_stream_stores_nothing_and_what_differs_is_stored():
     assert sorted(outlier[outlier >= 0]) == [0, 1, 13, 14, 15]
 
 
+@pytest.mark.slow
 def test_no_token_changes_what_stands_in_front_of_it():
     """To the bit: selections have no gradient that could tell."""
     module = block(BMojo, "delta_net", stored=3, top=2)

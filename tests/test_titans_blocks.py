@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from block_references import T, W, attend, context, initialise, project, tokens
+from block_references import Same, T, W, attend, context, initialise, project, tokens
 from contract import distance
 
+from memjax.blocks.titans import MAG, MAL
 from memjax.nn.stack import make_mixer
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -49,6 +50,24 @@ def test_mag_and_mal_equal_their_equations(name):
     assert distance(apply(params, x), expected) <= 3e-6
 
 
+@pytest.mark.slow
+def test_mag_of_a_constant_gate_is_the_window_and_mal_without_a_memory_too():
+    """A gate of one half: half of the normed window. `Same` in the memory's place: the window."""
+    window = {"heads": 2, "window": W}
+    x, options = tokens(), {"sliding_window": window, **DELTA}
+    attention = make_mixer("sliding_window", options, **SHARED)
+    delta = make_mixer("delta_net", options, **SHARED)
+    for kind, memory in ((MAG, delta), (MAL, Same)):
+        params, apply = initialise(kind(inner=(attention, memory), **SHARED), x)
+        if kind is MAG:
+            params["memory_norm"]["scale"] *= 0
+        layer = attention(name="mixer")
+        alone = layer.apply({"params": params["attention"]}, x, None, context())[0]
+        expected = norm(np.float64(alone)) / 2 if kind is MAG else alone
+        assert distance(apply(params, x), expected) <= 1e-6
+
+
+@pytest.mark.slow
 def test_mac_equals_its_equation():
     """Segment by segment: the memory is asked as it stood behind the last one, a token sees what it
     says of tokens up to its own, and it is written with the attention's answers."""
