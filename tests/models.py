@@ -35,6 +35,10 @@ COMBINED = {
     "window_exit": ((("hybrid(sliding_window, gated_delta_net)",), 2),),
     "rwkv4_channel": ((("rwkv4",), 2),),
     "rwkv7_channel": ((("base_conv",), 1), (("rwkv7",), 2)),
+    "sambay": (
+        (("published(mamba2)",), 1),
+        (("published(attention)", "gmu", "cross_attention"), 2),
+    ),
     "nested": ((("hybrid(attention, hybrid(sliding_window, delta_net))",), 1),),
 }
 FAST = {**CELLS, **COMBINED}

@@ -8,7 +8,7 @@ import pytest
 from contract import distance
 
 from memjax.nn import layers
-from memjax.nn.block import SwiGLU
+from memjax.nn.block import GeGLU, SwiGLU
 from memjax.nn.layers import Context
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -172,11 +172,14 @@ def test_dense_contracts_the_named_axes():
     assert narrow.dtype == jnp.bfloat16 and params["kernel"].dtype == jnp.float32
 
 
-def test_swiglu_equals_numpy():
+@pytest.mark.parametrize("kind", [SwiGLU, GeGLU])
+def test_gated_mlps_equal_numpy(kind):
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     ctx = context((2, 3))
-    (y, state, same), params = run(SwiGLU(4, hidden=8, std=1.0), x, None, ctx)
+    (y, state, same), params = run(kind(4, hidden=8, std=1.0), x, None, ctx)
     gate, up, down = (np.asarray(params[n]["kernel"], np.float64) for n in ("gate", "up", "down"))
-    hidden = x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)
+    z = x @ gate
+    gelu = z / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+    hidden = (gelu if kind is GeGLU else z / (1 + np.exp(-z))) * (x @ up)
     assert distance(y, hidden @ down) <= 1e-6
     assert state is None and same is ctx

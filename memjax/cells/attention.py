@@ -423,6 +423,8 @@ class SlidingWindowMixer(HeadsMixer):
 class AttentionMixer(HeadsMixer):
     """Over all tokens. window: the capacity, the longest context that can be held."""
 
+    offers = "attention"
+
     window: int = 2048
 
     @property
@@ -432,6 +434,10 @@ class AttentionMixer(HeadsMixer):
 
     def make_cell(self):
         return Attention(self.size, self.size, self.window, store_dtype=self.dtype)
+
+    def offer(self, xs, y, kept, carried):
+        """Keys and values of these tokens, and the ring of those in front of them."""
+        return xs.k, xs.v, carried
 
 
 register(

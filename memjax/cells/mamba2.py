@@ -84,9 +84,12 @@ class Mamba2Mixer(Mixer):
         xs = Inputs(q, k, v, -jnp.exp(self.a_log) * dt)
         return xs, (values, self.gate(x)), new
 
+    def readout(self, y, kept):
+        """With the skip D x."""
+        return y + self.skip[:, None].astype(y.dtype) * kept[0]
+
     def outputs(self, y, kept):
-        values, z = kept
-        y = (y + self.skip[:, None].astype(y.dtype) * values) * jax.nn.silu(z)
+        y = self.readout(y, kept) * jax.nn.silu(kept[1])
         grouped = y.reshape(*y.shape[:2], self.groups, -1)  # the norm is over a group's channels
         return self.output(self.output_norm(grouped).reshape(y.shape))
 

@@ -58,8 +58,9 @@ class RWKV7Mixer(Mixer):
             raise ValueError(f"rwkv7: dim {self.dim} does not divide into {self.heads} heads")
         return DPLR(self.dim // self.heads, self.dim // self.heads, scale=1.0)
 
-    def published(self):
-        return {VALUE: (self.heads, self.dim // self.heads)}
+    def published(self, batch, length, carried):
+        shape = batch, length, self.heads, self.dim // self.heads
+        return {VALUE: jax.ShapeDtypeStruct(shape, self.dtype)}
 
     def publish(self, kept, ctx):
         return ctx.replace(published={**ctx.published, VALUE: (jnp.ones((), bool), kept["first"])})

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,7 @@ class SwiGLU(nn.Module):
     std: float = 0.02
     out_scale: float = 1.0
     dtype: DTypeLike = jnp.float32
+    activation: ClassVar[Callable] = staticmethod(jax.nn.silu)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], state: None, ctx: Context):
@@ -27,10 +29,17 @@ class SwiGLU(nn.Module):
         gate, up = wide(name="gate")(x), wide(name="up")(x)
         std = self.std * self.out_scale
         down = Dense((self.dim,), ("embed",), ("mlp",), std=std, dtype=self.dtype, name="down")
-        return down(jax.nn.silu(gate) * up), None, ctx
+        return down(self.activation(gate) * up), None, ctx
 
 
-register(ChannelSpec(name="swiglu", mixer=SwiGLU, paper="Shazeer 2020, arXiv 2002.05202"))
+class GeGLU(SwiGLU):
+    """The same with GELU, in the approximation by tanh."""
+
+    activation = staticmethod(jax.nn.gelu)
+
+
+for name, mixer in (("swiglu", SwiGLU), ("geglu", GeGLU)):
+    register(ChannelSpec(name=name, mixer=mixer, paper="Shazeer 2020, arXiv 2002.05202"))
 
 
 class Block(nn.Module):

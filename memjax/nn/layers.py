@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from memjax.recurrence import lags
-from memjax.typing import Array, Bool, DTypeLike, Float, Int
+from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
+
+Published = tuple[Array, PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Context:
     position: number of written tokens in front of each token in its document.
     layer: index of the layer that is told, from 0; an array inside a scan over layers.
     depth: number of layers of the model.
-    published: what earlier layers have for later ones: name -> (whether one has set it, an array
-      [B, T, ...]); see `Mixer.published`.
+    published: what earlier layers have for later ones: name -> (whether one has set it, arrays
+      [B, ...]); see `Mixer.published`.
     losses: what layers add to the training loss (see `Mixer.publish`), summed so far.
     differentiate: whether gradients will be taken, known when the model is traced.
     """
@@ -34,7 +36,7 @@ class Context:
     position: Int[Array, "B T"]
     layer: Int[Array, ""] | int = 0
     depth: int = 1
-    published: Mapping[str, tuple[Array, Array]] = dataclasses.field(default_factory=dict)
+    published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
     losses: Float[Array, ""] | float = 0.0
     differentiate: bool = True
 
@@ -48,6 +50,14 @@ jax.tree_util.register_dataclass(
     data_fields=["reset", "write", "position", "layer", "published", "losses"],
     meta_fields=["depth", "differentiate"],
 )
+
+
+def unpublished(name: str) -> str:
+    """The message for a layer that reads what nobody in front of it publishes."""
+    return (
+        f"it reads the {name} that a layer in front of it publishes, and none does; put one in "
+        "`published`, as published(mamba2) for a memory or published(attention) for attention"
+    )
 
 
 def normal(std: float) -> Callable:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from memjax import registry
-from memjax.nn.layers import Context, Norm, normal
-from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names
+from memjax.nn.layers import Context, Norm, Published, normal, unpublished
+from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names, mixer_texts
 from memjax.recurrence import positions
 from memjax.typing import Array, Bool, Float, Int, PyTree
 
@@ -24,8 +25,8 @@ class ModelConfig:
 
     vocab: number of token ids. dim: width D. layers: pairs (pattern, repeats), a pattern being a
     tuple of mixers by name, e.g. ((("delta_net", "sliding_window"), 3),). channel: the channel
-    mixer of all layers, "swiglu", "rwkv4_channel" or "rwkv7_channel". mlp: its hidden width as a
-    multiple of dim (RWKV: 4), 0 for no channel mixer, whatever channel says.
+    mixer of all layers, "swiglu", "geglu", "rwkv4_channel" or "rwkv7_channel". mlp: its hidden
+    width as a multiple of dim (RWKV: 4), 0 for no channel mixer, whatever channel says.
     norm: "rms" or "layer". tie: use the embedding as
     output projection. std: standard deviation of all weights; output projections get
     std / sqrt(2 layers). dtype: of the computation, "float32" or "bfloat16" (parameters and the
@@ -72,9 +73,22 @@ class ModelConfig:
         for name in self.mixers:
             if name not in used:
                 raise ValueError(registry.unknown("mixer in model.mixers", name, sorted(used)))
-        for pattern, _ in groups:
-            for text in pattern:
-                make_mixer(text, self.mixers)
+        known: set[str] = set()
+        for text in named:
+            make_mixer(text, self.mixers)
+            self._check_published(text, known)
+
+    def _check_published(self, layer: str, known: set[str]):
+        """ValueError when a layer reads what no layer in front of it, in `known`, publishes; adds
+        to `known` what this one does."""
+        mixers = [
+            make_mixer(text, self.mixers, dim=self.dim)(parent=None) for text in mixer_texts(layer)
+        ]
+        for mixer in mixers:
+            reads = getattr(mixer, "reads", None)
+            if reads and reads not in known:
+                raise ValueError(f"layer {layer!r}: {unpublished(reads)}")
+        known.update(m.publishes for m in mixers if hasattr(m, "publishes"))
 
     @property
     def depth(self) -> int:
@@ -129,7 +143,8 @@ class LanguageModel(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         state = state or {"position": jnp.zeros(tokens.shape[0], jnp.int32), "layers": None}
         position, end = positions(reset, write, state["position"], tokens.shape[1])
-        first, published = jnp.zeros((), jnp.int32), self._published(tokens.shape, dtype)
+        carried = state["layers"] is not None
+        first, published = jnp.zeros((), jnp.int32), self._published(tokens.shape, dtype, carried)
         none = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
         ctx = Context(reset, write, position, first, config.depth, published, none, differentiate)
         init = nn.with_logical_partitioning(normal(config.std), ("vocab", "embed"))
@@ -150,14 +165,24 @@ class LanguageModel(nn.Module):
         logits = jnp.matmul(x, head.astype(dtype), preferred_element_type=wide)
         return logits, {"position": end, "layers": layers}
 
-    def _published(self, leading: tuple[int, ...], dtype) -> dict[str, tuple[Array, Array]]:
-        """What layers publish, not set yet; a scan over layers needs to know it beforehand."""
-        config, found = self.config, {}
-        for name in mixers_of(config):
-            mixer = make_mixer(name, config.mixers, **self._shared(dtype))()
-            for key, axes in getattr(mixer, "published", dict)().items():
-                found[key] = jnp.zeros((), bool), jnp.zeros((*leading, *axes), dtype)
-        return found
+    def _published(self, size: tuple[int, ...], dtype, carried: bool) -> dict[str, Published]:
+        """What layers publish for tokens [B, T], not set yet; a scan over layers needs to know it
+        beforehand."""
+        layers, shared = self.config.layers, self._shared(dtype)
+        found: dict[str, PyTree] = {}
+        texts = {t for pattern, _ in layers for text in pattern for t in mixer_texts(text)}
+        for text in sorted(texts):
+            mixer = make_mixer(text, self.config.mixers, **shared)(parent=None)
+            if not hasattr(mixer, "published"):
+                continue
+            for name, shapes in mixer.published(*size, carried).items():
+                if found.setdefault(name, shapes) != shapes:
+                    raise ValueError(
+                        f"layers publish different shapes of {name}: {shapes}, {found[name]}; a "
+                        "model has room for one"
+                    )
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), found)
+        return {name: (jnp.zeros((), bool), value) for name, value in zeros.items()}
 
     def _shared(self, dtype) -> dict[str, Any]:
         out_scale = (2 * self.config.depth) ** -0.5

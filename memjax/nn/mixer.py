@@ -32,6 +32,8 @@ class Mixer(nn.Module):
     reports_loss: ClassVar[bool] = False
     # Parameters of what `inputs` keeps for `outputs`, where that is more than the layer's input.
     beside: ClassVar[tuple[str, ...]] = ()
+    # The name of what `offer` gives.
+    offers: ClassVar[str] = "memory"
 
     std: float = 0.02
     out_scale: float = 1.0
@@ -76,8 +78,21 @@ class Mixer(nn.Module):
         del kept
         return self.memory
 
-    def published(self) -> dict[str, tuple[int, ...]]:
-        """Name -> axes of one token of what this layer has for later ones; see `publish`."""
+    def readout(self, y: Array, kept: PyTree) -> Array:
+        """The memory's answers in front of the layer's norm, gate and projection."""
+        del kept
+        return y
+
+    def offer(self, xs: PyTree, y: Array, kept: PyTree, carried: PyTree | None) -> PyTree:
+        """What the block `published` hands to later layers. carried: the memory's state in front
+        of these tokens."""
+        del xs, carried
+        return self.readout(y, kept)
+
+    def published(self, batch: int, length: int, carried: bool) -> dict[str, PyTree]:
+        """Name -> shapes and dtypes of what this layer has for later ones, for `length` tokens of
+        `batch` sequences; see `publish`. carried: whether the layer is given a state."""
+        del batch, length, carried
         return {}
 
     def publish(self, kept: PyTree, ctx: Context) -> Context:
@@ -88,7 +103,13 @@ class Mixer(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], state: dict | None, ctx: Context
     ) -> tuple[Float[Array, "B T D"], dict, Context]:
-        state = {} if state is None else state
+        _, y, kept, new = self.answers(x, {} if state is None else state, ctx)
+        return self.outputs(y, kept), new, self.publish(kept, ctx)
+
+    def answers(
+        self, x: Float[Array, "B T D"], state: dict, ctx: Context
+    ) -> tuple[PyTree, Array, PyTree, dict]:
+        """The cell's inputs, its answers, what `outputs` needs besides, and the new state."""
         xs, kept, new = self.inputs(x, state, ctx)
         y, memory = run(
             self.cell,
@@ -100,7 +121,7 @@ class Mixer(nn.Module):
             implementation=self.implementation,
             differentiate=ctx.differentiate,
         )
-        return self.outputs(y, kept), {**new, "memory": memory}, self.publish(kept, ctx)
+        return xs, y, kept, {**new, "memory": memory}
 
 
 def convolve(

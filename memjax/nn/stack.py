@@ -23,11 +23,17 @@ def mixer_options(name: str) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in fields if f.name not in _SET_BY_MODEL}
 
 
-def mixer_names(text: str) -> list[str]:
-    """Every name in a layer such as "hybrid(sliding_window, delta_net)", outermost first."""
+def mixer_texts(text: str) -> list[str]:
+    """A layer such as "hybrid(sliding_window, delta_net)" and every mixer in it, outermost
+    first."""
     name, inside = registry.parse(text)
     inside = inside or getattr(registry.get(name), "defaults", ())
-    return [name, *(n for part in inside for n in mixer_names(part))]
+    return [text, *(found for part in inside for found in mixer_texts(part))]
+
+
+def mixer_names(text: str) -> list[str]:
+    """The name of each of them."""
+    return [registry.parse(found)[0] for found in mixer_texts(text)]
 
 
 def make_mixer(

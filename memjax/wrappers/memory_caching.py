@@ -309,6 +309,10 @@ class MemoryCachingMixer(WrapperMixer):
     def weights(self, kept):
         return self.wrapped.weights(kept)
 
+    def readout(self, y, kept):
+        """As the inner mixer."""
+        return self.wrapped.readout(y, kept)
+
     def outputs(self, y, kept):
         return self.wrapped.outputs(y, kept)
 

@@ -265,6 +265,10 @@ class MixtureOfMemoriesMixer(WrapperMixer):
     def weights(self, kept):
         return kept.memory
 
+    def readout(self, y, kept):
+        """As the inner mixer."""
+        return self.template.apply({"params": kept.params}, y, kept.inner, method="readout")
+
     def outputs(self, y, kept):
         return self.template.apply({"params": kept.params}, y, kept.inner, method="outputs")
 
