@@ -20,37 +20,5 @@ from memjax.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg,
-        mixer="hybrid(sliding_window, gated_delta_net)",
-        glob="",
-        dataset="",
-        field="text",
-        bpe=0,
-        layers=6,
-        dim=256,
-        length=512,
-        steps=5000,
-        seed=0,
-    )
-    if arg.dataset:
-        source = {"name": "tfds", "dataset": arg.dataset, "folder": ""}  # '' for its usual place
-        source |= {"train": "train", "heldout": "test"}  # splits
-    else:
-        source = {"name": "text", "glob": arg.glob, "holdout": 0.05}  # of the files
-    config = defaults.config(
-        data={
-            **source,
-            "field": arg.field,  # of JSON lines, parquet columns or features
-            "bpe": arg.bpe,  # tokens of a byte-pair encoding, 0 for bytes
-            "length": arg.length,
-            "shuffle": 1024,  # rows of a window within which rows are shuffled
-            "workers": 0,
-        },
-        layers=(((arg.mixer,), arg.layers),),
-        dim=arg.dim,
-        vocab=arg.bpe or 259,
-    )
-    config.seed, config.steps = arg.seed, arg.steps
-    config.eval.every = config.checkpoint.every = 500
-    return config
+    arg = parse_arg(arg, mixer="hybrid(sliding_window, gated_delta_net)", **defaults.TEXT)
+    return defaults.language_model(arg, layers=(((arg.mixer,), arg.layers),))

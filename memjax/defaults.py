@@ -61,6 +61,42 @@ def config(
     return settings
 
 
+TEXT = {"glob": "", "dataset": "", "field": "text", "bpe": 0, "layers": 6, "dim": 256}
+TEXT |= {"length": 512, "steps": 5000, "seed": 0}  # the arguments of configs on text
+
+
+def language_model(
+    arg: ConfigDict, layers: tuple, mixers: dict[str, dict[str, Any]] | None = None, **model
+) -> ConfigDict:
+    """A config for a model of `layers` on the text that an argument with the names of TEXT says.
+
+    mixers, model: as in `config`.
+    """
+    if arg.dataset:
+        source = {"name": "tfds", "dataset": arg.dataset, "folder": ""}  # '' for its usual place
+        source |= {"train": "train", "heldout": "test"}  # splits
+    else:
+        source = {"name": "text", "glob": arg.glob, "holdout": 0.05}  # of the files
+    settings = config(
+        data={
+            **source,
+            "field": arg.field,  # of JSON lines, parquet columns or features
+            "bpe": arg.bpe,  # tokens of a byte-pair encoding, 0 for bytes
+            "length": arg.length,
+            "shuffle": 1024,  # rows of a window within which rows are shuffled
+            "workers": 0,
+        },
+        layers=layers,
+        mixers=mixers,
+        dim=arg.dim,
+        vocab=arg.bpe or 259,
+        **model,
+    )
+    settings.seed, settings.steps = arg.seed, arg.steps
+    settings.eval.every = settings.checkpoint.every = 500
+    return settings
+
+
 def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
     """Every option of every mixer that `layers` names, with `changes` by name.
 

@@ -6,6 +6,7 @@ A change of a default changes what a config trains; here it is seen. After a cha
 """
 
 import ast
+import functools
 import json
 import pathlib
 
@@ -19,7 +20,10 @@ from memjax.nn.stack import mixer_options
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name[0] != "_")
+ARRANGEMENTS = f"{ROOT}/configs/arrangements.py"
 PER_CELL = [path for path in FILES if "cells.named" in path.read_text(encoding="utf-8")]
+PAIRS = [(memory, block) for memory in ("titans", "atlas") for block in ("mag", "mal")]
+PAPERS = ("based", "samba", "sambay", "griffin", "olmo_hybrid", *(f"{m}_{b}" for m, b in PAIRS))
 
 
 def flattened(path: pathlib.Path) -> dict:
@@ -84,6 +88,72 @@ def test_the_model_of_every_cell_can_be_built(path, cell):
     settings = config.load(f"{path}:{cell}")
     assert cell in settings.model.mixers and cell in str(settings.model.layers)
     check_model(settings)
+
+
+def arranged(argument: str) -> list[str]:
+    """The layers of an arrangement, one after the other."""
+    groups = config.load(f"{ARRANGEMENTS}:{argument}").model.layers
+    return [text for pattern, repeats in groups for _ in range(repeats) for text in pattern]
+
+
+def based(i: int) -> str:
+    """Of 27 layers: the list of the released 360M model."""
+    kinds = {"linear_attention": (1, 6, 11, 16, 21), "sliding_window": (2, 7, 12, 17, 22)}
+    return next((kind for kind, layers in kinds.items() if i in layers), "base_conv")
+
+
+def sambay(i: int, depth: int) -> str:
+    if i in (depth // 2, depth // 2 + 1):
+        return "published(attention)" if i % 2 else "published(mamba2)"
+    return (("mamba2", "sliding_window") if i < depth // 2 else ("gmu", "cross_attention"))[i % 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "expected"),
+    [
+        ("based", 27, based),
+        ("samba", 7, lambda i: ("mamba2", "sliding_window")[i % 2]),
+        *(("sambay", n, functools.partial(sambay, depth=n)) for n in (4, 8, 32)),
+        ("griffin", 26, lambda i: ("rg_lru", "rg_lru", "sliding_window")[i % 3]),
+        ("olmo_hybrid", 32, lambda i: "attention" if i % 4 == 3 else "gated_delta_net"),
+        *((f"{m}_{b}", 2, lambda i, m=m, b=b: f"{b}(sliding_window, {m})") for m, b in PAIRS),
+    ],
+)
+def test_layers_stand_where_the_paper_has_them(name, depth, expected):
+    assert arranged(f"{name},layers={depth}") == [expected(i) for i in range(depth)]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_arrangement_can_be_built(name):
+    check_model(config.load(f"{ARRANGEMENTS}:{name},layers=8,dim=64,length=32"))
+
+
+def test_settings_that_the_papers_name():
+    mixers = config.load(f"{ARRANGEMENTS}:olmo_hybrid").model.mixers
+    delta = mixers.gated_delta_net
+    assert (delta.beta_max, delta.key_dim, delta.value_dim) == (2, 0.75 * 256 / 4, 1.5 * 256 / 4)
+    assert mixers.attention.rotary_base == 0
+    griffin = config.load(f"{ARRANGEMENTS}:griffin").model
+    assert griffin.channel == "geglu" and griffin.mixers.sliding_window.kv_heads == 1
+    assert config.load(f"{ARRANGEMENTS}:based").model.mixers.sliding_window.window == 64
+    mixers = config.load(f"{ARRANGEMENTS}:sambay,length=4096").model.mixers
+    readers = ("sliding_window", "attention", "cross_attention")
+    assert {mixers[name].rotary_base for name in readers} == {0.0}
+    assert mixers.attention.window == 4096
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    {
+        "sambay,layers=6": "sambay: layers must be a multiple of 4; given 6",
+        "based,layers=2": "based: layers must be at least 3; given 2",
+        "samba,layers=0": "layers must be at least 1; given 0",
+        "sambo": "'sambo' is not allowed; allowed: based, samba, .*Did you mean 'samba'?",
+    }.items(),
+)
+def test_arrangements_that_there_are_not(argument, message):
+    with pytest.raises(config.UserError, match=message):
+        config.load(f"{ARRANGEMENTS}:{argument}")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
