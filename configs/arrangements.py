@@ -5,10 +5,18 @@
     python -m memjax.train --config='configs/arrangements.py:griffin,layers=6,glob=~/books/*.txt' \\
         --workdir=runs/griffin
 
+    python -m memjax.train \\
+        --config=configs/arrangements.py:sambay,layers=8,dim=64,length=128,steps=300 \\
+        --config.batch=4 --config.optim.lr=3e-3 --config.model.std=0.125 --workdir=runs/small
+
 The first argument is one of `based`, `samba`, `sambay`, `griffin`, `olmo_hybrid`, `titans_mag`,
 `titans_mal`, `atlas_mag`, `atlas_mal`; the others are those of configs/text.py, with 12 layers.
 Each function below says what its paper has and where this differs. Common to all: sizes are those
 of a small model, heads are 4, every layer has a norm in front and a channel mixer.
+
+The default sizes, 10 million parameters and 16 rows of 512 bytes a step, ask for an accelerator: on
+two CPU cores a step takes a minute. The last command takes about four minutes there and ends with
+2.66 held-out bits per byte on the standard library's sources.
 """
 
 from memjax import defaults

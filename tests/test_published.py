@@ -121,7 +121,7 @@ def test_a_memory_is_published_in_front_of_its_norm_and_gate(inner):
 
 
 def test_cross_attention_equals_attention_with_the_same_weights():
-    """And has no others; its queries are its own."""
+    """And has no others, and no state; its queries are its own."""
     x, ctx, reader = normal(1, B, T, D), context(), layer("cross_attention")
 
     @jax.jit
@@ -133,6 +133,7 @@ def test_cross_attention_equals_attention_with_the_same_weights():
         other, *_ = call(reader, x[::-1], given, weights)
         own = nn.unbox(jax.eval_shape(reader.init, KEY, x, None, given)["params"])
         assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, weights)
+        assert jax.eval_shape(reader.apply, {"params": weights}, x, None, given)[1] == {}
         return y, same, other
 
     y, same, other = results()
