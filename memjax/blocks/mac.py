@@ -180,7 +180,7 @@ def part(ctx: Context, span: slice) -> Context:
 
 def check_memory(memory: Any) -> None:
     """ValueError for what has no state of a memory, or speaks to other layers."""
-    if not isinstance(memory, Mixer) or memory.published() or memory.reports_loss:
+    if not isinstance(memory, Mixer) or memory.published(1, 1, False) or memory.reports_loss:
         raise ValueError(
             f"mac needs a memory cell that publishes nothing; given {type(memory).__name__}. Use "
             "titans, gated_delta_net or another cell"
