@@ -4,9 +4,10 @@
         --config='configs/hybrid_recall.py:hybrid(sliding_window, gated_delta_net),seed=1' \\
         --workdir=runs/hybrid_recall
 
-128 tokens bind 8 keys and ask for them at any distance up to 126 tokens; windows see 16 tokens. The
-first argument is a mixer as it reads; task=forgetting_mqar binds every key twice. About two minutes
-on one CPU core; experiments/hybrid_recall has accuracy against distance.
+64 tokens bind 8 keys and ask for them at any distance up to 61 tokens; windows see 8 tokens, half
+of them fading in B'MOJO, and segments have 8. The first argument is a mixer as it reads;
+task=forgetting_mqar binds every key twice. About a minute and a half on one CPU core;
+experiments/hybrid_recall has accuracy against distance.
 """
 
 from memjax import defaults
@@ -20,16 +21,16 @@ def get_config(arg=None):
         mixer="hybrid(sliding_window, gated_delta_net)",
         task=("mqar", ("mqar", "forgetting_mqar")),
         combine=("gate", COMBINE),  # of a hybrid
-        stored=32,  # tokens that bmojo keeps
+        stored=16,  # tokens that bmojo keeps
         seed=0,
-        steps=600,
+        steps=500,
         lr=1e-2,
     )
     data = {
         "name": arg.task,
-        "length": 128,
+        "length": 64,
         "pairs": 8,
-        "vocab": 1024,
+        "vocab": 256,
         "power": 1.0,  # queries at any distance, with equal chances
         "noise": True,
         "eval_examples": 3000,
@@ -37,7 +38,14 @@ def get_config(arg=None):
     if arg.task == "forgetting_mqar":
         data["updates"] = 8
     config = defaults.tiny_recall(data, arg.mixer)
-    for name, options in (("hybrid", {"combine": arg.combine}), ("bmojo", {"stored": arg.stored})):
+    changes = {
+        "hybrid": {"combine": arg.combine},
+        "sliding_window": {"window": 8},
+        "mac": {"segment": 8},
+        "bmojo_f": {"window": 4},
+        "bmojo": {"window": 4, "top": 4, "stored": arg.stored},
+    }
+    for name, options in changes.items():
         if name in config.model.mixers:
             config.model.mixers[name].update(options)
     config.seed, config.steps, config.optim.lr = arg.seed, arg.steps, arg.lr

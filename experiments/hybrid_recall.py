@@ -39,9 +39,9 @@ MODELS = {
     "mag": "mag(sliding_window, titans)",
     "mal": "mal(sliding_window, titans)",
 }
-SIZES = (8, 16, 32, 64, 128)
+SIZES = (4, 8, 16, 32, 64)
 STORES = {0: "bmojo_f(mamba2)"} | {n: f"bmojo(mamba2),stored={n}" for n in SIZES}
-BORDERS = (0, 16, 32, 48, 64, 80, 96, 112, 128)  # of distances in tokens; windows see 16
+BORDERS = (0, 8, 16, 24, 32, 40, 48, 56, 64)  # of distances in tokens; windows see 8
 KEPT = ("steps", "query_accuracy", "seconds", "tokens_per_second", "parameters", "state_bytes")
 
 
@@ -120,7 +120,7 @@ def by_distance(rows):
 
 def show(rows):
     head = ["model", *(f"{task}, mean of seeds (sd)" for task in TASKS)]
-    head += ["mqar, distance <= 16", "mqar, > 96", "seconds", "parameters", "state bytes"]
+    head += ["mqar, distance <= 8", "mqar, > 48", "seconds", "parameters", "state bytes"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for model in MODELS:
         groups = [select(rows, model, task) for task in TASKS]
@@ -157,7 +157,7 @@ def draw(rows):
             if group:
                 style = "o-" if i < 2 else ("^--", "s-.", "v:")[i % 3]
                 axes.plot(middle, by_distance(group), style, color=f"C{i % 10}", label=model, ms=4)
-        axes.axvline(16, color="0.6", linewidth=1)
+        axes.axvline(8, color="0.6", linewidth=1)
         axes.set(xlabel="tokens since the value", ylim=(-0.02, 1.02), title=task)
     panels[0].set_ylabel("query accuracy, mean of seeds")
     panels[1].legend(fontsize=7, ncols=2)

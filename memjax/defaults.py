@@ -125,12 +125,11 @@ def tiny_recall(data: dict[str, Any], mixer: str) -> ConfigDict:
     chance for several hundred steps."""
     plain = {"heads": 1, "rotary_base": 0.0, "convolution": 0, "norm": "layer", "gate": "none"}
     plain |= {"frozen_chunk": 4, "segment": 16}  # 16 tokens bind the pairs
-    # A window of 16 tokens, half of it fading in B'MOJO; matrices of 64 x 64; memories that learn
-    # keep a momentum and frozen weights of that size too, and RWKV keeps its token shift. Atlas has
-    # two heads of 16 x 32, a quarter of that: at each token its Newton-Schulz iterations make
-    # products of whole matrices, so that two of 32 x 32 train three times as long.
+    # A window of a quarter of the sequence, matrices of 64 x 64; memories that learn keep a
+    # momentum and frozen weights of that size too, and RWKV keeps its token shift. Atlas has two
+    # heads of 16 x 32, a quarter of that: at each token its Newton-Schulz iterations make products
+    # of whole matrices, so that two of 32 x 32 train three times as long.
     sizes = {"sliding_window": {"window": 16}, "gla": {"key_dim": 64}}
-    sizes |= {"bmojo_f": {"window": 8}, "bmojo": {"window": 8}}
     sizes |= {"omega_net": {"key_dim": 64, "degree": 1}}
     sizes |= {"atlas": {"heads": 2, "key_dim": 16, "degree": 1}}
     sizes |= {"mamba2": {"expand": 1, "state_dim": 64}}
