@@ -163,7 +163,8 @@ class EideticWindow(FadingWindow):
         held = tuple(jnp.zeros((number, *a.shape[1:]), a.dtype) for a in (ring.k, ring.v))
         free = jnp.full((number,), -1, jnp.int32)
         entries = Entries(jnp.zeros((number,), jnp.float32), free, held)
-        return Eidetic(EideticRing(*ring[:-1], empty, ring.written), entries)
+        kept = ring.k, ring.v, ring.fading_k, ring.fading_v
+        return Eidetic(EideticRing(*kept, empty, ring.written), entries)
 
     def chunks(self, count: Int[Array, "..."]) -> Int[Array, "..."]:
         """How many chunks have entered the store when so many tokens are written."""
@@ -278,15 +279,15 @@ class EideticWindow(FadingWindow):
             return entries, query[0], chunks + due
 
         def block(carry, query):
-            carry = advance(carry, query)
+            entries, origin, chunks = carry = advance(carry, query)
             stood = enter(*carry)[1]
             stays = jnp.any(stood == slots[:, None], axis=1)
-            return carry, BlockStore(*carry, stays)
+            return carry, BlockStore(entries, origin, chunks, stays)
 
         start = len(line.kept[0]) - length - written  # of the document that runs on
         begin = store._replace(held=slots), start, self.chunks(written)
-        last, stores = lax.scan(block, begin, (line.origin[first], line.count[first]))
-        return stores, advance(last, (line.origin[-1], line.count[-1]))[0]
+        last, stores = lax.scan(block, begin, (line.origin[first], line.seen[first]))
+        return stores, advance(last, (line.origin[-1], line.seen[-1]))[0]
 
 
 class BMojoF(HeadsMixer):
@@ -342,9 +343,16 @@ class BMojo(BMojoF):
     def make_cell(self):
         if self.predictor < 1:
             raise ValueError(f"bmojo: predictor must be at least 1; given {self.predictor}")
-        store = dict(stored=self.stored, top=self.top, threshold=self.threshold, evict=self.evict)
-        sizes = self.size, self.size, self.window
-        return EideticWindow(*sizes, store_dtype=self.dtype, **store)
+        return EideticWindow(
+            self.size,
+            self.size,
+            self.window,
+            store_dtype=self.dtype,
+            stored=self.stored,
+            top=self.top,
+            threshold=self.threshold,
+            evict=self.evict,
+        )
 
     def inputs(self, x, state, ctx):
         xs, made, new, ctx = self.fade(x, state, ctx)
@@ -355,7 +363,7 @@ class BMojo(BMojoF):
         past, new["predictor"] = lags(made, tail, ctx.reset, ctx.write)
         error = jnp.linalg.norm(made - sum(past) / self.predictor, axis=-1, keepdims=True)
         size = jnp.linalg.norm(made, axis=-1, keepdims=True)
-        return EideticInputs(*xs, error / (size + 1e-6)), ctx, new
+        return EideticInputs(**xs._asdict(), innovation=error / (size + 1e-6)), ctx, new
 
 
 register(

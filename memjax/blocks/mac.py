@@ -48,7 +48,7 @@ class Segment(FadingWindow):
 
 
 class SegmentMixer(HeadsMixer):
-    """Attention of tokens and of what the memory says of them, a pair (x, h)."""
+    """Attention of tokens x and of what the memory says of them, h: [B, T, 2 D]."""
 
     persistent: int = 0
 
@@ -57,7 +57,7 @@ class SegmentMixer(HeadsMixer):
         return Segment(*sizes, store_dtype=self.dtype, persistent=self.persistent)
 
     def inputs(self, x, state, ctx):
-        x, held = x
+        x, held = jnp.split(x, 2, axis=-1)
         xs, kept, new = super().inputs(x, state, ctx)
         k, v = self.key(held), self.value(held)
         if self.rotary_base:
@@ -102,8 +102,7 @@ class MAC(nn.Module):
         aligned = state is None and ctx.reset is None and ctx.write is None
         _, fresh, _ = self.memory(x[:, :1], None, reads(part(ctx, slice(0, 1))))
         if state is None:
-            none = jnp.zeros_like(x[:, :1])
-            _, near, _ = self.attention((none, none), None, reads(part(ctx, slice(0, 1))))
+            _, near, _ = self.attend(x[:, :1], x[:, :1], None, reads(part(ctx, slice(0, 1))))
             state = {"attention": near, "memory": fresh, "base": fresh}
         length = x.shape[1]
         size = min(self.segment, length)
@@ -136,7 +135,7 @@ class MAC(nn.Module):
         place = position[:, 0] % self.segment
         base = select(place == 0, held, state["base"])
         told, _, _ = self.memory(x, base, reads(ctx))
-        y, after, _ = self.attention((x, told), near, ctx)
+        y, after, _ = self.attend(x, told, near, ctx)
         if aligned or x.shape[1] == 1:
             m, held, _ = self.memory(y, held, ctx.replace(reset=None))
             state = {"attention": after, "memory": held, "base": base}
@@ -149,7 +148,7 @@ class MAC(nn.Module):
             """The same behind the border."""
             later, _, _ = block.memory(x, held, reads(ctx).replace(reset=reset))
             both = jnp.where(phases.before[..., None], told, later)
-            y, after, _ = block.attention((x, both), near, ctx)
+            y, after, _ = block.attend(x, both, near, ctx)
             late, held, _ = block.memory(y, held, ctx.replace(write=phases.second))
             return y, after, jnp.where(phases.before[..., None], m, late), held
 
@@ -161,6 +160,12 @@ class MAC(nn.Module):
             y, after, m, held = nn.cond(needed, behind, lambda _, *same: same, self, *given)
         base = jax.vmap(type(phases).base)(phases, state["base"], base, border, fresh)
         return {"attention": after, "memory": held, "base": base}, self.gated(y, m)
+
+    def attend(
+        self, x: Float[Array, "B T D"], told: Float[Array, "B T D"], near: PyTree, ctx: Context
+    ):
+        """The attention over tokens and what the memory says of them."""
+        return self.attention(jnp.concatenate([x, told], axis=-1), near, ctx)
 
     def gated(self, y: Float[Array, "B T D"], m: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """o of the module's docstring."""

@@ -69,7 +69,7 @@ class Line(NamedTuple):
     origin: Int[Array, " T"]
 
     @property
-    def count(self) -> Int[Array, " T"]:
+    def seen(self) -> Int[Array, " T"]:
         """Written tokens of the document up to each token."""
         return self.high + 1 - self.origin
 
@@ -302,7 +302,7 @@ class SlidingWindow(MemoryCell):
     def _ring(self, fresh: PyTree, carried: PyTree, line: Line, reset) -> PyTree:
         """The ring after the last token. Slots that stay free are those that were carried in."""
         empty = carried if reset is None else select(reset.any(), fresh, carried)
-        origin, count = line.origin[-1], line.count[-1]
+        origin, count = line.origin[-1], line.seen[-1]
         token = self.tokens(count)
         index = origin + token  # < 0: a sink that was carried in
         there = (token >= 0) & (index >= 0)
