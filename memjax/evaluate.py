@@ -1,11 +1,12 @@
 """Held-out figures of a checkpoint, taken apart, as a table, JSON and a plot.
 
     python -m memjax.evaluate --workdir=runs/quickstart
-    python -m memjax.evaluate --workdir=runs/quickstart --length=1024
+    python -m memjax.evaluate --workdir=runs/quickstart --length=32768
 
-Text: bits per byte by the number of tokens that the model has seen of the document, and by file. A
-longer row than in training shows whether the memory holds on. Tasks: accuracy by the distance
-between a query and what it asks for, by row, and by whatever else the task marks.
+Text: bits per byte by the number of tokens that the model has seen of the document, and by file.
+Tasks: accuracy by the distance between a query and what it asks for, by row, and by whatever else
+the task marks. A longer row than in training shows whether the memory holds on; it is read in
+pieces, so that it takes no more memory.
 """
 
 import functools
@@ -24,8 +25,11 @@ from memjax import config, data, generate, metrics, train_step
 from memjax.nn.lm import LanguageModel, capacity
 from memjax.typing import PyTree
 
-# Facts of the data that do not change what is held out.
-MAY_DIFFER = ("length", "shuffle", "workers", "batch", "seed", "shards", "hash")
+# Facts of the data that do not change what is held out; a task's examples are an endless stream.
+MAY_DIFFER = (
+    "length", "shuffle", "workers", "batch", "seed", "shards", "hash", "eval_examples",
+)  # fmt: skip
+PIECE = 4096  # tokens of a row that are read at once
 SHOWN = 10  # files in the table, hardest first
 
 Scored = dict[str, np.ndarray]
@@ -33,17 +37,25 @@ Scored = dict[str, np.ndarray]
 
 def score_rows(model: LanguageModel, params: PyTree, source: data.Data, limit: int | None):
     """Yields batches of `source.evaluation(limit)` with nats and correct [B, T] beside them."""
-    score = jax.jit(functools.partial(train_step.score, model, queries=None, differentiate=False))
+    given = functools.partial(train_step.score, model, queries=None, differentiate=False)
+    score = jax.jit(given, donate_argnames="state")
     for batch in source.evaluation(limit):
-        scores = jax.device_get(score(params, batch))
-        yield {**batch, "nats": scores.nats, "correct": scores.correct}
+        state, parts = None, []
+        rows = {name: array for name, array in batch.items() if array.ndim == 2}
+        for at in range(0, source.length, PIECE):
+            piece = {name: array[:, at : at + PIECE] for name, array in rows.items()}
+            scores = score(params, piece, state=state)
+            state = scores.state
+            parts.append(jax.device_get((scores.nats, scores.correct)))
+        nats, correct = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        yield {**batch, "nats": nats, "correct": correct}
 
 
 def of_text(batches: Iterator[Scored], names: Sequence[str], sizes: np.ndarray) -> dict:
-    """Bits per byte of all held-out text, by context and by file.
+    """Bits per byte of held-out text, by context and by file.
 
-    batches: every batch of the held-out stream, in order. names: of its documents. sizes: bytes of
-    each token [vocab].
+    batches: of the held-out stream. names: of its documents, where the batches are all of them in
+    order; () for no figures by file. sizes: bytes of each token [vocab].
     """
     sums = {key: np.zeros(64) for key in ("nats", "count")}
     files = {key: np.zeros(len(names)) for key in ("nats", "count")}
@@ -60,9 +72,10 @@ def of_text(batches: Iterator[Scored], names: Sequence[str], sizes: np.ndarray) 
         octave = np.floor(np.log2(seen[mask])).astype(int)
         for key, value in values.items():
             np.add.at(sums[key], octave, value)
-            np.add.at(files[key], index[mask], value)
+            if names:
+                np.add.at(files[key], index[mask], value)
     unit = math.log(2)
-    return {
+    found = {
         "bits_per_byte": sums["nats"].sum() / sums["count"].sum() / unit,
         "by_context": [
             {
@@ -74,12 +87,14 @@ def of_text(batches: Iterator[Scored], names: Sequence[str], sizes: np.ndarray) 
             for i, count in enumerate(sums["count"])
             if count
         ],
-        "by_file": [
+    }
+    if names:
+        found["by_file"] = [
             {"name": name, "bits_per_byte": nats / count / unit, "bytes": int(count)}
             for name, nats, count in zip(names, files["nats"], files["count"], strict=True)
             if count
-        ],
-    }
+        ]
+    return found
 
 
 def _context(reset: np.ndarray) -> np.ndarray:
@@ -90,37 +105,48 @@ def _context(reset: np.ndarray) -> np.ndarray:
 
 
 def of_task(batches: Iterator[Scored]) -> dict:
-    """Accuracy per query, per row, by distance and by every group of positions that is marked."""
-    correct, distance, rows = [], [], []
+    """Accuracy per query and per row, by distance, by every group of positions that is marked, and
+    by every fact of a row."""
+    correct, distance, rows, share = [], [], [], []
     groups: dict[str, list] = {}
+    facts: dict[str, list] = {}
     for batch in batches:
         mask = batch["mask"]
         used = mask.any(axis=1)
         rows.append((batch["correct"] | ~mask).all(axis=1)[used])
+        share.append((batch["correct"] & mask).sum(axis=1)[used] / mask.sum(axis=1)[used])
         correct.append(batch["correct"][mask])
         distance.append(batch["distance"][mask])
         for name, marked in batch.items():
             if marked.dtype == bool and name not in ("mask", "reset", "correct"):
                 groups.setdefault(name, []).append(marked[mask])
+            if marked.ndim == 1:
+                facts.setdefault(name, []).append(marked[used])
     right, far = np.concatenate(correct), np.concatenate(distance)
-    values, place = np.unique(far, return_inverse=True)
-    count = np.bincount(place)
+    whole, part = np.concatenate(rows), np.concatenate(share)
     found = {
         "query_accuracy": right.mean(),
-        "sequence_accuracy": np.concatenate(rows).mean(),
-        "by_distance": [
-            {"distance": int(d), "query_accuracy": hits / n, "queries": int(n)}
-            for d, hits, n in zip(values, np.bincount(place, right), count, strict=True)
-        ],
+        "sequence_accuracy": whole.mean(),
+        "by_distance": grouped("distance", far, {"query_accuracy": right}, "queries"),
     }
     for name, marks in groups.items():
-        marked = np.concatenate(marks)
-        found["by_" + name] = [
-            {name: bool(side), "query_accuracy": right[marked == side].mean(), "queries": int(n)}
-            for side in (True, False)
-            if (n := (marked == side).sum())
-        ]
+        by = grouped(name, np.concatenate(marks), {"query_accuracy": right}, "queries")
+        found["by_" + name] = [{**row, name: bool(row[name])} for row in by[::-1]]
+    for name, values in facts.items():
+        figures = {"query_accuracy": part, "sequence_accuracy": whole}
+        found["by_" + name] = grouped(name, np.concatenate(values), figures, "rows")
     return found
+
+
+def grouped(name: str, keys: np.ndarray, figures: Mapping[str, np.ndarray], unit: str) -> list:
+    """The means of figures [N] for each value of keys [N], and their number, called `unit`."""
+    values, place = np.unique(keys, return_inverse=True)
+    count = np.bincount(place)
+    means = {figure: np.bincount(place, given) / count for figure, given in figures.items()}
+    return [
+        {name: int(v), **{f: mean[i] for f, mean in means.items()}, unit: int(count[i])}
+        for i, v in enumerate(values)
+    ]
 
 
 # ---------------------------------------------------------------- what is shown
@@ -139,9 +165,10 @@ def table(found: Mapping[str, Any]) -> str:
             rows = sorted(rows, key=lambda row: -row["bits_per_byte"])
             lines[-1] += f" (the {SHOWN} hardest of {len(rows)})" if len(rows) > SHOWN else ""
         for row in rows[: SHOWN if name == "by_file" else None]:
-            *label, value, count = row.values()
-            shown = " - ".join(str(part) for part in label)
-            lines.append(f"  {shown:<32} {value:8.4f}  {count:>9,}")
+            *known, count = row.values()
+            label = " - ".join(str(part) for part in known if not isinstance(part, float))
+            values = " ".join(f"{part:8.4f}" for part in known if isinstance(part, float))
+            lines.append(f"  {label:<32} {values}  {count:>9,}")
     return "\n".join(lines)
 
 
@@ -154,7 +181,7 @@ def draw(found: Mapping[str, Any], path: str, title: str) -> None:
         left.plot([r["from"] for r in rows], [r["bits_per_byte"] for r in rows], "o-")
         left.set(xlabel="tokens of the document seen", ylabel="bits per byte")
         left.set_xscale("log", base=2)
-        files = found["by_file"]
+        files = found.get("by_file", [])
         right.scatter([f["bytes"] for f in files], [f["bits_per_byte"] for f in files], s=12)
         right.set(xscale="log", xlabel="bytes of the file")
         for axes in (left, right):
@@ -172,28 +199,31 @@ def draw(found: Mapping[str, Any], path: str, title: str) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def evaluate(
-    workdir: str, step: int | None = None, length: int = 0, batches: int = 0
-) -> dict[str, Any]:
+def evaluate(workdir: str, step: int | None = None, length: int = 0, rows: int = 0) -> dict:
     """The figures of a run's checkpoint, by default its latest, on its own held-out data.
 
-    length: tokens of a row of text; 0 for that of training. batches: at most so many, 0 for all.
+    length: tokens of a row; 0 for that of training. A batch has so many rows that it has no more
+    tokens than one of training, at least one. rows: 0 for all; otherwise about so many (a whole
+    number of batches) rows of text, spread evenly and without figures by file, or the first so many
+    examples of a task.
 
     Raises:
-      UserError: no such run or checkpoint, other data than the run's, or rows that the model's
-        attention cannot hold.
+      UserError: no such run or checkpoint, other data than the run's, a length that the task does
+        not have, or rows that the model's attention cannot hold.
     """
     step, model, params, meta = generate.load(workdir, step)
-    settings = dict(meta["config"]["data"])
-    if length and settings["name"] not in ("text", "tfds"):
-        raise config.UserError(f"--length={length}: only the rows of text can be longer")
+    settings, batch = dict(meta["config"]["data"]), meta["config"]["batch"]
+    task = settings["name"] not in ("text", "tfds")
     limit = capacity(model.config)
     if limit is not None and length > limit:
         raise config.UserError(f"--length={length}: the model's attention holds {limit} tokens")
     if length:
         settings["length"] = length
-    with config.user_errors("data"):
-        source = data.make(settings, batch=meta["config"]["batch"], seed=meta["config"]["seed"])
+        batch = min(batch, max(1, batch * meta["data"]["length"] // length))
+    if rows and task:
+        settings["eval_examples"] = rows
+    with config.user_errors(f"--length={length}" if length else "data"):
+        source = data.make(settings, batch=batch, seed=meta["config"]["seed"])
     for fact, trained in meta["data"].items():
         now = source.fingerprint.get(fact)
         if fact not in MAY_DIFFER and trained != now:
@@ -201,13 +231,13 @@ def evaluate(
                 f"{workdir} was trained on data whose {fact} is {trained}, here it is {now}; "
                 "held-out files may have been seen in training, so evaluate on the same data"
             )
-    scored = score_rows(model, params, source, batches or None)
+    some = None if task or not rows else math.ceil(rows / batch)
+    scored = score_rows(model, params, source, some)
     if source.tokeniser is None:
         found = of_task(scored)
     else:
-        if batches:
-            raise config.UserError("--batches is for tasks; text is evaluated as a whole")
-        found = of_text(scored, source.heldout, np.array([*map(len, source.tokeniser.pieces)]))
+        names, sizes = () if some else source.heldout, [*map(len, source.tokeniser.pieces)]
+        found = of_text(scored, names, np.array(sizes))
     return {"workdir": workdir, "step": step, "length": source.length, **found}
 
 
@@ -215,8 +245,8 @@ def define_flags() -> None:
     """The command's flags; made when it runs, so that other programs may import this module."""
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_integer("step", None, "checkpoint to use; the latest when not given")
-    flags.DEFINE_integer("length", 0, "tokens of a row of text; 0: as in training", lower_bound=0)
-    flags.DEFINE_integer("batches", 0, "of a task's examples; 0: all", lower_bound=0)
+    flags.DEFINE_integer("length", 0, "tokens of a row; 0: as in training", lower_bound=0)
+    flags.DEFINE_integer("rows", 0, "of text or of a task's examples; 0: all", lower_bound=0)
     flags.DEFINE_string("out", "", "file for the figures, a PNG beside it; in the workdir if empty")
 
 
@@ -226,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
         raise config.UserError(f"{argv[1]!r} is no flag; flags begin with --")
     logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     given = flags.FLAGS
-    found = evaluate(given.workdir, given.step, given.length, given.batches)
+    found = evaluate(given.workdir, given.step, given.length, given.rows)
     about = {key: found.pop(key) for key in ("workdir", "step", "length")}
     title = f"{about['workdir']}, step {about['step']}, rows of {about['length']} tokens"
     print(f"{title}\n\n{table(found)}\n")

@@ -33,12 +33,14 @@ class TrainState(NamedTuple):
 
 class Scores(NamedTuple):
     """Per scored position [B, S]: nats, whether the most likely token is right, and the mask;
-    and what the layers add to the training loss, such as a router's load-balancing loss."""
+    what the layers add to the training loss, such as a router's load-balancing loss; and the
+    model's state behind the batch."""
 
     nats: Float[Array, "B S"]
     correct: Bool[Array, "B S"]
     mask: Bool[Array, "B S"]
     auxiliary: Float[Array, ""]
+    state: PyTree
 
 
 def score(
@@ -47,8 +49,9 @@ def score(
     batch: Batch,
     queries: int | None,
     differentiate: bool = True,
+    state: PyTree | None = None,
 ) -> Scores:
-    """Runs the model on a batch from its initial state.
+    """Runs the model on a batch from a state, None for the initial one.
 
     queries: at most this many positions of a row are scored; only their logits are computed.
     None: all positions.
@@ -57,9 +60,10 @@ def score(
     if queries is not None:
         select = scored_positions(mask, queries)
         targets, mask = (jnp.take_along_axis(a, select, axis=1) for a in (targets, mask))
-    (logits, _), sown = model.apply(
+    (logits, after), sown = model.apply(
         {"params": params},
         batch["inputs"],
+        state,
         reset=batch.get("reset"),
         select=select,
         differentiate=differentiate,
@@ -68,7 +72,7 @@ def score(
     auxiliary = sum(jax.tree.leaves(sown), jnp.zeros(()))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     correct = (jnp.argmax(logits, -1) == targets) & mask
-    return Scores(jnp.where(mask, nats, 0), correct, mask, auxiliary)
+    return Scores(jnp.where(mask, nats, 0), correct, mask, auxiliary, after)
 
 
 def scored_positions(mask: Bool[Array, "B T"], queries: int) -> Int[Array, "B S"]:

@@ -331,6 +331,19 @@ def test_make_task(name):
     assert differs == {"noise", "hash"}
 
 
+def test_make_passkey():
+    """Every byte is scored in training, the digits in evaluation; facts of rows pass through."""
+    small = {"name": "passkey", "length": 200, "every_byte": True, "eval_examples": 5}
+    made = data.make(small, batch=4, seed=7)
+    assert (made.vocab, made.length, made.baselines()) == (259, 200, {"chance": 0.1})
+    first, _ = check_resume(made.train, 3, 5)
+    np.testing.assert_array_equal(first["mask"].sum(1), made.queries)
+    assert made.queries > 7 and first["depth"].shape == (4,)
+    batches = list(made.evaluation())
+    assert [b["mask"].sum(1).tolist() for b in batches] == [[7] * 4, [7, 0, 0, 0]]
+    assert [b["depth"].tolist() for b in batches] == [[0, 3, 5, 8], [10, 0, 0, 0]]
+
+
 class Numbers:
     """Example i of a task is the number i."""
 

@@ -46,10 +46,21 @@ def test_text_adds_up_to_the_figure_of_training(workdir):
     assert [(r["from"], r["to"]) for r in found["by_context"]][:3] == [(1, 1), (2, 3), (4, 7)]
 
 
-def test_longer_rows_show_more_context(workdir):
+def test_longer_rows_show_more_context_and_are_read_in_pieces(workdir, monkeypatch):
     found = evaluate.evaluate(workdir, length=64)
     assert found["length"] == 64
     assert max(row["from"] for row in found["by_context"]) == 64
+    monkeypatch.setattr(evaluate, "PIECE", 24)  # a piece in the middle, and a short one
+    again = evaluate.evaluate(workdir, length=64)
+    for row, same in zip(found["by_context"], again["by_context"], strict=True):
+        assert same == {**row, "bits_per_byte": pytest.approx(row["bits_per_byte"], rel=1e-5)}
+
+
+def test_some_rows_of_text(workdir):
+    found, whole = evaluate.evaluate(workdir, rows=3), evaluate.evaluate(workdir)
+    assert "by_file" not in found and "by_file" in whole
+    bytes_ = [sum(row["bytes"] for row in each["by_context"]) for each in (found, whole)]
+    assert 0 < bytes_[0] <= 4 * 16 < bytes_[1]  # one batch of rows of 16 bytes
 
 
 def test_context_and_files_are_counted_across_rows():
@@ -82,6 +93,13 @@ def test_task_by_distance_and_by_group(recall):
     )
 
 
+def test_rows_of_a_task_may_be_longer_and_fewer(recall):
+    found = evaluate.evaluate(recall, length=62, rows=5)
+    assert found["length"] == 62
+    assert sum(row["queries"] for row in found["by_distance"]) == 5 * 2
+    assert max(row["distance"] for row in found["by_distance"]) > 32
+
+
 def test_task_against_a_loop():
     rng = np.random.default_rng(0)
     mask = rng.random((6, 9)) < 0.5
@@ -91,6 +109,7 @@ def test_task_against_a_loop():
         "correct": mask & (rng.random((6, 9)) < 0.6),
         "distance": rng.integers(1, 4, (6, 9)) * mask,
         "inputs": np.zeros((6, 9), int),
+        "depth": np.array([0, 7, 7, 7, 0, 7]),
     }
     parts = [{k: v[:4] for k, v in batch.items()}, {k: v[4:] for k, v in batch.items()}]
     found = evaluate.of_task(iter(parts))
@@ -101,6 +120,16 @@ def test_task_against_a_loop():
         chosen = mask & (batch["distance"] == row["distance"])
         assert row["queries"] == chosen.sum()
         assert row["query_accuracy"] == pytest.approx(batch["correct"][chosen].mean())
+    for row, used in zip(found["by_depth"], ([0, 4], [1, 3, 5]), strict=True):
+        shares = [batch["correct"][i][mask[i]].mean() for i in used]
+        assert row == {
+            "depth": batch["depth"][used[0]],
+            "query_accuracy": pytest.approx(np.mean(shares)),
+            "sequence_accuracy": pytest.approx(np.mean([share == 1 for share in shares])),
+            "rows": len(used),
+        }
+    shown = evaluate.table(found).splitlines()
+    assert shown[-1].split() == ["7", *(f"{row[f]:.4f}" for f in list(row)[1:3]), "3"]
 
 
 @pytest.fixture
@@ -151,8 +180,8 @@ def test_other_data_is_refused(command, workdir, tmp_path):
     [
         (["--workdir=/nowhere/run"], "/nowhere/run"),
         (["--workdir={workdir}", "--step=7"], "7"),
-        (["--workdir={recall}", "--length=9"], "only the rows of text can be longer"),
-        (["--workdir={workdir}", "--batches=2"], "--batches is for tasks"),
+        (["--workdir={recall}", "--length=9"], "--length=9: forgetting_mqar: length=9 is odd"),
+        (["--workdir={recall}", "--length=64"], "--length=64: forgetting_mqar: vocab=64 is out of"),
         (["--workdir={workdir}", "--length=-1"], "--length"),
         (["--workdir={workdir}", "now"], "'now' is no flag"),
         (["--workdir={workdir}", "--out=/nowhere/x.json"], "/nowhere/x.json"),

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -10,15 +11,20 @@ import numpy as np
 import pytest
 
 from memjax import tasks
+from memjax.data import tokens
 from memjax.tasks import __main__ as command
-from memjax.tasks import draws
+from memjax.tasks import draws, passkey
+from memjax.tasks.passkey import LINE
 
 GOLDEN = {
     ("mqar", "train"): "327ff8b138a81326",
     ("mqar", "test"): "7525255f912d668a",
     ("forgetting_mqar", "train"): "74a9c25523282401",
     ("forgetting_mqar", "test"): "aded397eec6c39c5",
+    ("passkey", "train"): "82c0c61fe4ab0f44",
+    ("passkey", "test"): "0ce75bbdde4e29f6",
 }
+SMALL = {"mqar": {"vocab": 1024}, "forgetting_mqar": {"vocab": 1024}, "passkey": {"distractors": 2}}
 BASED_CELLS = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
 
 
@@ -36,7 +42,7 @@ def test_golden_covers_every_task():
 @pytest.mark.parametrize("name, split", GOLDEN)
 def test_golden_examples(name, split):
     """A changed hash means that every published number was trained on other data."""
-    source = tasks.make(name, vocab=1024, split=split)
+    source = tasks.make(name, split=split, **SMALL[name])
     digest = hashlib.blake2b(digest_size=8)
     for index in (0, 1, 2**20):
         for key, array in sorted(source[index].items()):
@@ -71,7 +77,7 @@ def test_reference_by_the_recipe_in_plain_python():
 
 @pytest.mark.parametrize("name", tasks.names())
 def test_any_order_and_pickled(name):
-    source = tasks.make(name, vocab=1024, seed=3)
+    source = tasks.make(name, seed=3, **SMALL[name])
     forward = [source[i] for i in range(50)]
     for i in np.random.default_rng(0).permutation(50):
         assert same(source[i], forward[i])
@@ -81,7 +87,7 @@ def test_any_order_and_pickled(name):
 
 def test_another_process_sees_the_same():
     """As a data worker would: the pickled sources, in a process that hashes strings otherwise."""
-    sources = [tasks.make(name, vocab=1024, seed=3) for name in tasks.names()]
+    sources = [tasks.make(name, seed=3, **SMALL[name]) for name in tasks.names()]
     code = (
         "import pickle, sys; sources = pickle.load(sys.stdin.buffer); "
         "pickle.dump([source[7] for source in sources], sys.stdout.buffer)"
@@ -169,6 +175,68 @@ def test_layout(name, settings):
             assert not inputs[filler].any()
         at_random_even_slots.update(queries)
     assert at_random_even_slots == set(range(source.context, length - 1, 2))
+
+
+def text_of(example):
+    """The bytes of a row of `passkey`, with the last digit."""
+    shown = np.append(example["inputs"][1:], example["targets"][-1])
+    return bytes((shown - tokens.OFFSET).tolist()).decode()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"template": "ruler", "length": 512},
+        {"template": "ruler", "length": 1024, "distractors": 3, "every_byte": True},
+        {"length": 700, "distractors": 2, "every_byte": True, "split": "test"},
+        {"length": 178, "split": "test"},  # the shortest
+    ],
+)
+def test_passkey_layout(settings):
+    source = tasks.make("passkey", **settings)
+    length, lines, number = source.length, source.lines, 1 + source.distractors
+    word, value = "[bdfgklmnprstvz][aeiou]" * 2 + "[bdfgklmnprstvz]", "[1-9][0-9]{6}"
+    short = source.template == "short"
+    begin = "The magic number for" if short else "One of the special magic numbers for"
+    needle = re.compile(f"{begin} ({word}-{word}) is{'' if short else ':'} ({value})\\.\n")
+    answer = re.compile(f"agic number for ({word}-{word})(?: mentioned .* text)? is ({value})$")
+    places = set()
+    for index in range(300):
+        example = source[index]
+        inputs, targets, mask = example["inputs"], example["targets"], example["mask"]
+        kinds = {name: (array.dtype, array.shape) for name, array in example.items()}
+        row = {name: (np.dtype(np.int32), (length,)) for name in ("inputs", "targets", "distance")}
+        assert kinds == row | {"mask": (np.bool_, (length,)), "depth": (np.int32, ())}
+        assert inputs[0] == tokens.BOS and (inputs[1:] >= tokens.OFFSET).all()
+        text = text_of(example)
+        assert len(text) == length and len(text) - len(text.lstrip(" ")) < 90
+        bound = dict(needle.findall(text))
+        assert len(needle.findall(text)) == len(bound) == len(set(bound.values())) == number
+        key, digits = answer.search(text).groups()
+        assert bound[key] == digits
+        rest = needle.sub("", text).lstrip(" ")
+        assert rest.count(LINE) == lines
+        before = text[: text.index(f"{key} is{'' if short else ':'} {digits}.")]
+        assert before.count(LINE) == example["depth"] * lines // 100
+        places.add(before.count(LINE))
+        scored = len(text.lstrip(" ")) if source.every_byte and source.split == "train" else 7
+        assert mask[length - scored :].all() and mask.sum() == source.queries == scored
+        ahead = np.append(inputs[1:], targets[-1])
+        assert (targets == np.where(mask, ahead, 0)).all()
+        at = np.arange(length - 7, length)
+        shown = at - example["distance"][at]
+        assert (inputs[shown] == targets[at]).all() and (np.diff(shown) == 1).all()
+        assert inputs[shown[-1] + 1] == tokens.OFFSET + ord(".")  # in the needle
+        assert not example["distance"][: length - 7].any()
+    assert places == set(range(lines + 1))
+
+
+def test_passkey_has_the_tokens_of_text_and_the_sizes_of_its_specification():
+    assert (passkey.BOS, passkey.OFFSET) == (tokens.BOS, tokens.OFFSET)
+    assert passkey.VOCAB == tokens.BYTES.vocab
+    sizes = [tasks.make("passkey", template="ruler", length=n).lines for n in (512, 1024, 2048)]
+    assert sizes == [1, 7, 18]
 
 
 def test_passes_repeat_the_context():
@@ -278,6 +346,30 @@ def test_new_values_cover_all_but_the_old_one():
     assert ((others - 4000 / 42) ** 2 / (4000 / 42)).sum() < 74.7  # 41 degrees, p = 0.001
 
 
+def test_passkey_laws():
+    """Depths, digits and letters are uniform; the split "test" walks through the grid of 40."""
+    source = tasks.make("passkey")
+    depths, digits, letters = [], [], []
+    for index in range(4000):
+        example = source[index]
+        text = text_of(example)
+        depths.append(example["depth"])
+        digits.append([int(digit) for digit in text[-7:]])
+        letters.append(["bdfgklmnprstvz".index(text[at]) for at in (-22, -20, -18, -16, -14, -12)])
+    digits = np.array(digits)
+    for drawn, number, bound in (  # p = 0.001 of chi-square with number - 1 degrees of freedom
+        (np.array(depths), 101, 149.4),
+        (digits[:, 0] - 1, 9, 26.1),
+        (digits[:, 1:].ravel(), 10, 27.9),
+        (np.ravel(letters), 14, 34.5),
+    ):
+        counts, expected = np.bincount(drawn, minlength=number), len(drawn) / number
+        assert len(counts) == number and ((counts - expected) ** 2 / expected).sum() < bound
+    test = tasks.make("passkey", split="test")
+    found = [int(test[i]["depth"]) for i in range(80)]
+    assert found == [round(100 * i / 39) for i in range(40)] * 2
+
+
 # --- draws --------------------------------------------------------------------------------------
 
 
@@ -342,6 +434,16 @@ def test_draws_refuse_more_items_than_there_are():
         ("forgetting_mqar", dict(updates=9), "updates=9 .* 0 to pairs, 8"),
         ("forgetting_mqar", dict(updates=-1), "updates=-1 .* 0 to pairs, 8"),
         ("forgetting_mqar", dict(pairs=15), "pairs=15 with updates=4 takes 38 .* use length=68"),
+        (
+            "passkey",
+            dict(length=177),
+            "haystack takes 178 bytes, .* use length=178 or more",
+        ),
+        ("passkey", dict(template="long"), "template='long' .* short, ruler"),
+        ("passkey", dict(distractors=-1), "distractors=-1 .* 0 or more"),
+        ("passkey", dict(every_byte=1), "every_byte=1 has the type int"),
+        ("passkey", dict(split="valid"), "split='valid' .* train, test"),
+        ("passkey", dict(vocab=259), "unknown setting 'vocab'"),
         ("forgeting_mqar", {}, "unknown task .* Did you mean 'forgetting_mqar'"),
     ],
 )
@@ -370,6 +472,16 @@ def test_show_prints_the_example(monkeypatch, capsys):
     for position in np.flatnonzero(example["mask"]):
         numbers = [position, *(example[k][position] for k in ("inputs", "targets", "distance"))]
         assert any(line.split()[1:5] == [str(n) for n in numbers] for line in text.splitlines())
+
+
+def test_show_prints_the_text(monkeypatch, capsys):
+    run_command(monkeypatch, "--show=passkey", "--index=3", "template=ruler", "length=1024")
+    shown = capsys.readouterr().out
+    example = tasks.make("passkey", template="ruler", length=1024)[3]
+    text = text_of(example)
+    assert shown.endswith(text.lstrip(" ") + "\n") and f"answer    {text[-7:]}\n" in shown
+    assert f"depth     {example['depth']} %" in shown and "haystack  7 lines" in shown
+    assert f"distance  {example['distance'][-1]} tokens" in shown
 
 
 @pytest.mark.parametrize(

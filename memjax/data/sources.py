@@ -36,6 +36,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tfds": {"dataset": "", "folder": "", "train": "train", "heldout": "test", **_ROWS},
     "mqar": _MQAR,
     "forgetting_mqar": {**_MQAR, "updates": 8},
+    "passkey": {
+        "length": 512,
+        "template": "short",
+        "distractors": 0,
+        "every_byte": False,
+        "eval_examples": 400,
+    },
 }
 
 
@@ -58,7 +65,7 @@ class Data:
       heldout: names of the held-out files in the order of `evaluation`; () for tasks.
       tokeniser: of text, or None where tokens are no text.
       baselines: computes reference figures by name: bits per byte of the held-out files for text,
-        the query accuracy of a guess among all values (`chance`) for tasks.
+        the query accuracy of a guess (`chance`) for tasks.
       fingerprint: everything the order of the training data depends on, with its `hash`.
     """
 
@@ -181,17 +188,16 @@ def _task(name, settings, batch, seed, shard, order):
     _check(count >= 1, f"data.eval_examples={count}", "at least 1", "use 3000")
     source = tasks.make(name, split="train", seed=seed, **settings)
     test = tasks.make(name, split="test", seed=0, **settings)
-    values = source.vocab - source.vocab // 2  # keys are the lower half of the tokens
     return Data(
         train=pipeline.task_rows(source, batch=batch, shard=shard),
         **_evaluation(test, count, batch, shard),
         vocab=source.vocab,
-        length=settings["length"],
+        length=source.length,
         queries=source.queries,
         bytes_per_token=None,
         heldout=(),
         tokeniser=None,
-        baselines=lambda: {"chance": 1 / values},
+        baselines=lambda: {"chance": source.chance},
         fingerprint=_fingerprint(source=name, **facts, packing="none", workers=0, **order),
     )
 

@@ -12,8 +12,10 @@ import difflib
 from typing import Any
 
 from memjax.tasks.mqar import MQAR, ForgettingMQAR
+from memjax.tasks.passkey import Passkey
+from memjax.tasks.source import Source
 
-_TASKS = {task.name: task for task in (MQAR, ForgettingMQAR)}
+_TASKS = {task.name: task for task in (MQAR, ForgettingMQAR, Passkey)}
 
 
 def names() -> list[str]:
@@ -21,7 +23,7 @@ def names() -> list[str]:
     return sorted(_TASKS)
 
 
-def make(name: str, **settings: Any) -> MQAR | ForgettingMQAR:
+def make(name: str, **settings: Any) -> Source:
     """The source of a task; settings that are left out keep the defaults of its class.
 
     Raises ValueError for an unknown name or setting and for settings that are impossible.

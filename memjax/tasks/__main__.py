@@ -7,17 +7,25 @@ import dataclasses
 import numpy as np
 
 from memjax import tasks
+from memjax.tasks import passkey
+from memjax.tasks.source import Example
 
 
 def show(source, index: int) -> str:
-    """The example as text: its bindings in order, its queries, and the whole row."""
-    example = source[index]
-    inputs = example["inputs"]
+    """The example as text, under its settings."""
     settings = (
         f"{field.name}={getattr(source, field.name)!r}" for field in dataclasses.fields(source)
     )
     lines = [f"{source.name}, example {index} of 2**31: {', '.join(settings)}", ""]
-    lines += ["binding   position     key   value"]
+    example = source[index]
+    show_row = show_text if isinstance(source, passkey.Passkey) else show_recall
+    return "\n".join(lines + show_row(source, example))
+
+
+def show_recall(source, example: Example) -> list[str]:
+    """The bindings in order, the queries, and the whole row."""
+    inputs = example["inputs"]
+    lines = ["binding   position     key   value"]
     for position in range(0, source.context, 2):
         key, value = inputs[position : position + 2]
         lines.append(f"{position // 2 + 1:7d}   {position:8d}   {key:5d}   {value:5d}")
@@ -30,7 +38,24 @@ def show(source, index: int) -> str:
     lines += ["", "row (queries in brackets; the answer comes next, and is not in the row)"]
     words = [f"[{t}]" if m else f"{t} " for t, m in zip(inputs, example["mask"], strict=True)]
     lines += ["".join(f"{w:>7}" for w in words[i : i + 12]) for i in range(0, len(words), 12)]
-    return "\n".join(lines)
+    return lines
+
+
+def show_text(source, example: Example) -> list[str]:
+    """The text of a row with its last digit, without the spaces in front."""
+    shown = [*example["inputs"][1:], example["targets"][-1]]
+    text = bytes(token - passkey.OFFSET for token in shown).decode()
+    begin = text.lstrip(" ")
+    return [
+        f"haystack  {source.lines} lines of {len(passkey.LINE)} bytes",
+        f"padding   {len(text) - len(begin)} spaces",
+        f"depth     {example['depth']} %",
+        f"distance  {example['distance'][-1]} tokens",
+        f"scored    {example['mask'].sum()} of {source.length} positions",
+        f"answer    {text[-passkey.DIGITS :]}",
+        "",
+        begin,
+    ]
 
 
 def main() -> None:

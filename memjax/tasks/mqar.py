@@ -14,18 +14,15 @@ random-access sources: `source[i]` depends on the settings, the seed, the split 
 import dataclasses
 import functools
 import math
-import operator
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from memjax.tasks import draws
+from memjax.tasks.source import Example, Source
 
-SPLITS = ("train", "test")
 # One number per named draw; a new draw takes a new number, so that examples never change.
 _KEYS, _VALUES, _GAPS, _NOISE, _UPDATED, _NEW_VALUES = range(6)
-
-Example = dict[str, np.ndarray]
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,10 +33,8 @@ def _log_weights(slots: int, power: float) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Recall:
+class _Recall(Source):
     """What both tasks share: settings, checks, the token ranges and the query half of a row."""
-
-    name: ClassVar[str]
 
     length: int = 64
     pairs: int = 8
@@ -50,12 +45,7 @@ class _Recall:
     split: Literal["train", "test"] = "train"
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, field.default)
-        if self.split not in SPLITS:
-            self._refuse(f"split={self.split!r} does not exist; allowed: {', '.join(SPLITS)}")
-        if not 0 <= self.seed < 2**64:
-            self._refuse(f"seed={self.seed} is out of range; allowed: 0 to 2**64 - 1")
+        super().__post_init__()
         if not (math.isfinite(self.power) and self.power > 0):
             self._refuse(
                 f"power={self.power} is out of range; allowed: above 0, where 1 puts the queries "
@@ -74,15 +64,6 @@ class _Recall:
                 "to 2**31"
             )
 
-    def _check_type(self, name: str, default: object) -> None:
-        given, kind = getattr(self, name), type(default)
-        allowed = {float: (float, int, np.floating), int: (int, np.integer)}.get(kind, kind)
-        if not isinstance(given, allowed) or (isinstance(given, bool) and kind is not bool):
-            self._refuse(
-                f"{name}={given!r} has the type {type(given).__name__}; use one of type "
-                f"{kind.__name__}, such as {default!r}"
-            )
-
     def _check_fit(self, sizes: str) -> None:
         needed = self.context + 2 * self.pairs
         if needed > self.length:
@@ -90,9 +71,6 @@ class _Recall:
                 f"{sizes} takes {self.context} tokens of context and {2 * self.pairs} for the "
                 f"queries, more than length={self.length}; use length={needed} or fewer pairs"
             )
-
-    def _refuse(self, reason: str) -> None:
-        raise ValueError(f"{self.name}: {reason}")
 
     @property
     def context(self) -> int:
@@ -104,17 +82,10 @@ class _Recall:
         """Scored positions of every row, the same number in all: one for each key."""
         return self.pairs
 
-    def __len__(self) -> int:
-        return 2**31
-
-    def _bits(self, index: int, field: int) -> np.random.Philox:
-        return draws.bits(self.seed, f"{self.name}/{self.split}", index, field)
-
-    def _index(self, index) -> int:
-        index = operator.index(index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: example {index} is out of range; allowed: 0 to 2**31-1")
-        return index
+    @property
+    def chance(self) -> float:
+        """The query accuracy of a guess among all values, the upper half of the tokens."""
+        return 1 / (self.vocab - self.vocab // 2)
 
     def _pairs(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys, out of 1..vocab//2-1, and their first values, out of vocab//2..vocab-1. [pairs]."""

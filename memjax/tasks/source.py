@@ -1,0 +1,78 @@
+"""What all tasks share: checks of settings, random access, and the words of a draw."""
+
+import dataclasses
+import operator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from memjax.tasks import draws
+
+SPLITS = ("train", "test")
+
+Example = dict[str, np.ndarray]
+
+
+class Source:
+    """A task's frozen dataclass derives from it and has `length`, `seed` and `split` among its
+    fields.
+
+    An example has arrays [length]: inputs, targets, mask and distance, and bool ones that mark
+    groups of scored positions; integers [] are facts of the whole row.
+    """
+
+    name: ClassVar[str]
+
+    length: Any
+    seed: Any
+    split: Any
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # of the task
+            self._check_type(field.name, field.default)
+        if self.split not in SPLITS:
+            self._refuse(f"split={self.split!r} does not exist; allowed: {', '.join(SPLITS)}")
+        if not 0 <= self.seed < 2**64:
+            self._refuse(f"seed={self.seed} is out of range; allowed: 0 to 2**64 - 1")
+
+    @property
+    def vocab(self) -> int:
+        """Number of tokens."""
+        raise NotImplementedError
+
+    @property
+    def queries(self) -> int:
+        """Scored positions of a row, the same number in all."""
+        raise NotImplementedError
+
+    @property
+    def chance(self) -> float:
+        """The query accuracy of a guess."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> Example:
+        raise NotImplementedError
+
+    def _check_type(self, name: str, default: object) -> None:
+        given, kind = getattr(self, name), type(default)
+        allowed = {float: (float, int, np.floating), int: (int, np.integer)}.get(kind, kind)
+        if not isinstance(given, allowed) or (isinstance(given, bool) and kind is not bool):
+            self._refuse(
+                f"{name}={given!r} has the type {type(given).__name__}; use one of type "
+                f"{kind.__name__}, such as {default!r}"
+            )
+
+    def _refuse(self, reason: str) -> None:
+        raise ValueError(f"{self.name}: {reason}")
+
+    def _bits(self, index: int, field: int) -> np.random.Philox:
+        return draws.bits(self.seed, f"{self.name}/{self.split}", index, field)
+
+    def _index(self, index) -> int:
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index} is out of range; allowed: 0 to 2**31-1")
+        return index
