@@ -1,10 +1,13 @@
 """Generation from a checkpoint: what is drawn, the stream of text, mistakes."""
 
+import functools
 import itertools
 import json
 
+import contract
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import tiny_runs as runs
@@ -57,6 +60,7 @@ def command(capfd):
 
     def run(*args):
         capfd.readouterr()
+        flags.FLAGS["prompt"].unparse()  # or one run's prompts would be added to the next one's
         try:
             code = generate.main(config.parse_flags(["generate", *args], config=False)) or 0
         except SystemExit as end:
@@ -99,15 +103,66 @@ def test_nothing_is_generated_for_length_zero(model):
     assert sample(model, 0) == []
 
 
+RAGGED = [[1, 5, 9, 3, 16, 4, 4, 12, 7, 8, 15], [1, 6, 6, 13]]
+
+
+@pytest.mark.slow
+def test_rows_of_any_length_are_decoded_as_alone():
+    """The hybrid's window of 2 fills up within either prompt and while decoding."""
+    hybrid, seeds = models.model("window_exit")[:2], [3, 4]
+    found = generate.sample_rows(*hybrid, RAGGED, 8, temperature=1.0, seeds=seeds)
+    rows = np.stack([*found], axis=1).tolist()
+    for row, prompt, seed in zip(rows, RAGGED, seeds, strict=True):
+        assert row == [*generate.sample(*hybrid, prompt, 8, temperature=1.0, seed=seed)]
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.slow
+def test_a_prompt_in_pieces_leaves_the_state_of_one_pass():
+    """1e-5: the pieces' sums are added in another order, 11 tokens in float32 (1e-7 each)."""
+    model, params, _ = models.model("window_exit")
+    read = jax.jit(functools.partial(generate.absorb, model))
+    tokens_, write = generate.padded(RAGGED)
+    whole, state = read(params, tokens_, None, write), None
+    parts = generate.pieces(11, 3)
+    assert parts == [slice(0, 2), slice(2, 5), slice(5, 8), slice(8, 11)]
+    for part in parts:
+        state = read(params, tokens_[:, part], state, write[:, part])
+    assert whole["position"].tolist() == [11, 4]
+    for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        assert contract.distance(np.asarray(leaf), np.asarray(other)) < 1e-5
+
+
+def test_prompts_are_padded_in_front():
+    tokens_, write = generate.padded([[5, 6, 7], [8]])
+    assert tokens_.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert write.tolist() == [[True] * 3, [False, False, True]]
+    assert generate.padded([[5, 6], [7, 8]])[1] is None
+    assert generate.pieces(4, 0) == [slice(0, 4)] == generate.pieces(4, 9)
+
+
 @pytest.mark.parametrize(
     ("options", "given"),
-    [({"length": -1}, "-1"), ({"temperature": -0.5}, "-0.5"), ({"top_k": -2}, "-2")],
+    [
+        ({"length": -1}, "-1"),
+        ({"temperature": -0.5}, "-0.5"),
+        ({"top_k": -2}, "-2"),
+        ({"prefill": -3}, "-3"),
+    ],
 )
 def test_negative_settings_are_refused_before_anything_is_drawn(model, options, given):
     with pytest.raises(ValueError, match=f">= 0; given .*{given}"):
         generate.sample(*model, PROMPT, **{"length": 4, **options})
     with pytest.raises(ValueError, match="at least one token"):
         generate.sample(*model, [], 4)
+
+
+def test_rows_that_do_not_fit_are_refused(model):
+    for prompts, given in (([], r"given \[\]"), ([PROMPT, []], r"given \[21, 0\]")):
+        with pytest.raises(ValueError, match=f"at least one token.*{given}"):
+            generate.sample_rows(*model, prompts, 4, seeds=[0] * len(prompts))
+    with pytest.raises(ValueError, match="a seed for each of 2 prompts; given 1"):
+        generate.sample_rows(*model, [PROMPT, PROMPT], 4, seeds=[0])
 
 
 def test_more_than_attention_can_hold_is_refused():
@@ -151,11 +206,27 @@ def test_the_command_prints_the_prompt_and_what_follows(command, workdir):
     assert command(*given, "--seed=4")[1] != out
 
 
+@pytest.mark.slow
+def test_the_command_takes_several_prompts(command, workdir):
+    """Each with its own seed, and in pieces: what it gives alone."""
+    given = f"--workdir={workdir}", "--length=9", "--prefill=4"
+    code, out, err = command(*given, "--prompt=The quick", "--prompt=x", "--seed=3")
+    assert code == 0 and err == ""
+    alone = [
+        command(f"--workdir={workdir}", "--length=9", f"--prompt={prompt}", f"--seed={seed}")[1]
+        for prompt, seed in (("The quick", 3), ("x", 4))
+    ]
+    assert out == "".join(alone)
+    nothing = command(*given, "--prompt=a", "--prompt=b", "--length=0")[1]
+    assert nothing == "a\nb\n"
+
+
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
         (["--length=-1"], ["length=-1", "non-negative"]),
         (["--temperature=-1"], ["temperature=-1", "non-negative"]),
+        (["--prefill=-1"], ["prefill=-1", "non-negative"]),
         (["--top_k=-1"], ["top_k=-1", "non-negative"]),
         (["--length=ten"], ["length=ten"]),
         (["--step=3"], ["no checkpoint of step 3", "8, 12"]),
