@@ -37,8 +37,16 @@ def sample(
     prefill: int = 0,
 ) -> Iterator[int]:
     """Yields `length` tokens that continue `prompt`: `sample_rows` of one row."""
-    options = dict(temperature=temperature, top_k=top_k, prefill=prefill)
-    rows = sample_rows(model, params, [prompt], length, seeds=[seed], **options)
+    rows = sample_rows(
+        model,
+        params,
+        [prompt],
+        length,
+        seeds=[seed],
+        temperature=temperature,
+        top_k=top_k,
+        prefill=prefill,
+    )
     return (int(drawn) for (drawn,) in rows)
 
 
