@@ -94,10 +94,10 @@ def sample_rows(
 
 
 def _decode(read, step, params, tokens, write, parts, length, keys):
-    state, *masks = None, *((None if write is None else write[:, part]) for part in parts)
-    for part, mask in zip(parts[:-1], masks, strict=False):
-        state = read(params, tokens[:, part], state, mask)
-    inputs, mask = tokens[:, parts[-1]], masks[-1]
+    state = None
+    for part in parts[:-1]:
+        state = read(params, tokens[:, part], state, None if write is None else write[:, part])
+    inputs, mask = tokens[:, parts[-1]], None if write is None else write[:, parts[-1]]
     for count in range(length):
         drawn, state = step(params, inputs, state, mask, keys, count)
         yield np.asarray(drawn)
