@@ -193,6 +193,12 @@ def test_wide_window_is_attention(form):
     )
 
 
+def test_windows_decode_by_the_form_that_does_not_copy_them():
+    for cell in (SlidingWindow(8, 6, 40), Attention(8, 6, 40)):
+        assert cell.preferred(1, False) == ("scan", "chunked")
+        assert cell.preferred(64, False) == memjax.MemoryCell.preferred(cell, 64, False)
+
+
 # Attention and linear attention against their quadratic forms, in numpy float64.
 
 

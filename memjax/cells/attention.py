@@ -115,6 +115,12 @@ class SlidingWindow(MemoryCell):
             for seed, (name, size) in zip(seeds, sizes.items(), strict=True)
         }
 
+    def preferred(self, length, differentiate):
+        """For one token `scan`, which writes into the ring where it stands; the chunked form puts
+        it in order first. The table's figures of one token are without a state."""
+        found = super().preferred(length, differentiate)
+        return tuple(dict.fromkeys(("scan", *found))) if length == 1 else found
+
     @property
     def ages(self) -> tuple[tuple[int, int], ...]:
         """How many tokens old, from and to (exclusive), each pair of keys and values in `leaves` is
