@@ -41,8 +41,6 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each if > 1")
     given = parser.parse_args(argv)
     runs = [(cell, int(seed)) for cell in given.cells.split(",") for seed in given.seeds.split(",")]
-    results = HERE / given.task / "results.jsonl"
-    results.parent.mkdir(exist_ok=True)
     rows = {tuple(row[name] for name in NAMED): row for row in read(given.task)}
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         for (cell, seed), summary in zip(
@@ -52,8 +50,7 @@ def main(argv=None):
                 named = dict(zip(NAMED, (cell, seed, given.dtype), strict=True))
                 row = named | {name: summary[name] for name in KEPT if name in summary}
                 rows[tuple(named.values())] = row
-                lines = "".join(json.dumps(row) + "\n" for row in rows.values())
-                results.write_text(lines, encoding="utf-8")
+                write(given.task, rows.values())
 
 
 def read(task):
@@ -63,37 +60,53 @@ def read(task):
     return [json.loads(line) for line in lines]
 
 
+def write(task, rows):
+    """Writes the rows of a task's results.jsonl."""
+    results = HERE / task / "results.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_table(task, head, rows):
+    """Writes a table between the two marks in the README.md of a task's folder."""
+    readme = HERE / task / "README.md"
+    begin, end = "<!-- table: written by the script -->\n", "<!-- /table -->"
+    lines = [head, ["---"] * len(head), *rows]
+    table = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    readme.write_text(before + begin + table + end + rest.partition(end)[2], encoding="utf-8")
+
+
 def train(given, cell, seed):
-    """The summary of one run, which is made unless it is there; None when it fails."""
+    """The summary of one run of the sweep; None when it fails."""
     parts = [cell, seed, given.steps, None if given.dtype == "float32" else given.dtype]
     name = "-".join(str(part) for part in parts if part is not None)
-    workdir = ROOT / "runs" / given.task / name
+    steps = f",steps={given.steps}" if given.steps else ""
+    return trained(
+        ROOT / "runs" / given.task / name,
+        f"--config=configs/{given.task}.py:{cell},seed={seed}{steps}",
+        f"--config.model.dtype={given.dtype}",
+        alone=given.jobs == 1,
+    )
+
+
+def trained(workdir, *arguments, alone=True):
+    """The summary of a run, which is made with these arguments unless it is there; None when it
+    fails. alone: whether it may use all cores."""
     if not finished(workdir):
-        steps = f",steps={given.steps}" if given.steps else ""
-        config = f"configs/{given.task}.py:{cell},seed={seed}{steps}"
-        command = ("memjax.train", f"--config={config}", f"--config.model.dtype={given.dtype}")
-        if not run(command, workdir, given.jobs):
+        command = (sys.executable, "-m", "memjax.train", f"--workdir={workdir}", *arguments)
+        one_core = {} if alone else {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "compiled")}
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{workdir}.log", "a", encoding="utf-8") as log:
+            environment = {**compiled, **os.environ, **one_core}
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        if done.returncode:
+            print(f"{workdir.name}: failed, see {workdir}.log", flush=True)
             return None
+        print(f"{workdir.name}: finished", flush=True)
     return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-
-
-def run(command, workdir, jobs):
-    """Runs `python -m command --workdir=workdir`, on one core if jobs > 1, and tells how it ended;
-    returns whether it is well."""
-    alone = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} if jobs > 1 else {}
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "runs" / "compiled")}
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{workdir}.log", "a", encoding="utf-8") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", *command, f"--workdir={workdir}"],
-            cwd=ROOT,
-            env={**compiled, **os.environ, **alone},
-            stdout=log,
-            stderr=log,
-        )
-    told = f"failed, see {workdir}.log" if done.returncode else "finished"
-    print(f"{workdir.name}, {command[0]}: {told}", flush=True)
-    return not done.returncode
 
 
 def finished(workdir):
