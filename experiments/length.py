@@ -36,7 +36,7 @@ KEPT = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lengths", default="512,2048,8192,32768")
     given = parser.parse_args()
@@ -66,7 +66,7 @@ def train(task, name, seed, steps):
     """The folder of a run, which is made unless it is there; None when it fails."""
     mixer, combine = MODELS[name]
     settings = [f"--config=configs/{task}.py:{mixer},layers=2,dim=128,steps={steps},seed={seed}"]
-    settings += ["--config.batch=8", "--config.optim.lr=3e-3", "--config.eval.sample=0"]
+    settings += ["--config.batch=4", "--config.optim.lr=3e-3", "--config.eval.sample=0"]
     settings += [f"--config.optim.warmup={min(100, steps)}"]
     if "sliding_window" in mixer:
         settings.append("--config.model.mixers.sliding_window.window=64")
