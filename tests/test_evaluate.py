@@ -46,6 +46,7 @@ def test_text_adds_up_to_the_figure_of_training(workdir):
     assert [(r["from"], r["to"]) for r in found["by_context"]][:3] == [(1, 1), (2, 3), (4, 7)]
 
 
+@pytest.mark.slow
 def test_longer_rows_show_more_context_and_are_read_in_pieces(workdir, monkeypatch):
     found = evaluate.evaluate(workdir, length=64)
     assert found["length"] == 64
@@ -56,6 +57,7 @@ def test_longer_rows_show_more_context_and_are_read_in_pieces(workdir, monkeypat
         assert same == {**row, "bits_per_byte": pytest.approx(row["bits_per_byte"], rel=1e-5)}
 
 
+@pytest.mark.slow
 def test_some_rows_of_text(workdir):
     found, whole = evaluate.evaluate(workdir, rows=3), evaluate.evaluate(workdir)
     assert "by_file" not in found and "by_file" in whole
@@ -93,6 +95,7 @@ def test_task_by_distance_and_by_group(recall):
     )
 
 
+@pytest.mark.slow
 def test_rows_of_a_task_may_be_longer_and_fewer(recall):
     found = evaluate.evaluate(recall, length=62, rows=5)
     assert found["length"] == 62
