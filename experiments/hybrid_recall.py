@@ -12,16 +12,17 @@ import argparse
 import concurrent.futures
 import itertools
 import json
-import pathlib
 import statistics
 
 import numpy as np
 import sweep
+from absl import logging
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-FOLDER = pathlib.Path(__file__).parent / "hybrid_recall"
-RESULTS = FOLDER / "results.jsonl"
+from memjax import evaluate, metrics
+
+TASK = "hybrid_recall"
 TASKS = ("mqar", "forgetting_mqar")
 SEEDS = (0, 1, 2)
 HYBRID = "hybrid(sliding_window, gated_delta_net),combine="
@@ -55,14 +56,13 @@ def main():
     models = {**MODELS, **{f"store {n}": text for n, text in STORES.items()}}
     runs = [(model, task, seed) for seed in SEEDS for task in TASKS for model in MODELS]
     runs += [(f"store {n}", TASKS[0], seed) for seed in SEEDS for n in STORES]
-    FOLDER.mkdir(exist_ok=True)
+    logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     rows = []
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         made = pool.map(lambda run: one(given, models[run[0]], *run), runs)
         for row in filter(None, made):
             rows.append(row)
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            RESULTS.write_text(lines, encoding="utf-8")
+            sweep.write(TASK, rows)
     show(rows)
 
 
@@ -71,17 +71,14 @@ def one(given, text, model, task, seed):
     steps = f",steps={given.steps}" if given.steps else ""
     name = f"{model.replace(' ', '')}-{task}-{seed}{steps.replace(',steps=', '-')}"
     workdir = sweep.ROOT / "runs" / "hybrid_recall" / name
-    if not sweep.finished(workdir):
-        config = f"configs/hybrid_recall.py:{text},task={task},seed={seed}{steps}"
-        if not sweep.run(("memjax.train", f"--config={config}"), workdir, given.jobs):
-            return None
-    if not (workdir / "evaluation.json").exists():
-        if not sweep.run(("memjax.evaluate",), workdir, given.jobs):
-            return None
-    summary, found = (
-        json.loads((workdir / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("summary", "evaluation")
-    )
+    config = f"--config=configs/hybrid_recall.py:{text},task={task},seed={seed}{steps}"
+    summary = sweep.trained(workdir, config, alone=given.jobs == 1)
+    if summary is None:
+        return None
+    figures = workdir / "evaluation.json"
+    if not figures.exists():
+        metrics.write_json(str(figures), evaluate.evaluate(str(workdir)))
+    found = json.loads(figures.read_text(encoding="utf-8"))
     named = {"model": model, "task": task, "seed": seed}
     return named | {name: summary[name] for name in KEPT} | {"by_distance": binned(found)}
 
@@ -107,9 +104,11 @@ def select(rows, model, task):
     return [row for row in rows if (row["model"], row["task"]) == (model, task)]
 
 
-def mean(values):
-    """(mean, standard deviation) over seeds."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
+def accuracy(rows):
+    """Mean and standard deviation over seeds, as text."""
+    values = [row["query_accuracy"] for row in rows]
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.3f} ({spread:.3f})"
 
 
 def by_distance(rows):
@@ -119,29 +118,30 @@ def by_distance(rows):
 
 
 def show(rows):
+    """Writes the tables into the README and draws the picture."""
     head = ["model", *(f"{task}, mean of seeds (sd)" for task in TASKS)]
     head += ["mqar, distance <= 8", "mqar, > 48", "seconds", "parameters", "state bytes"]
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    lines = []
     for model in MODELS:
         groups = [select(rows, model, task) for task in TASKS]
-        if not all(groups):
-            continue
-        line = [f"`{model}`"]
-        line += ["{:.3f} ({:.3f})".format(*mean([r["query_accuracy"] for r in g])) for g in groups]
-        far = by_distance(groups[0])
-        line += [f"{far[0]:.3f}", f"{np.nanmean(far[6:]):.3f}"]
-        line += [f"{statistics.median(r['seconds'] for r in groups[0]):.0f}"]
-        line += [str(groups[0][0][name]) for name in ("parameters", "state_bytes")]
-        print("| " + " | ".join(line) + " |")
-    print("\n| stored | mqar, mean of seeds (sd) |\n|---|---|")
+        if all(groups):
+            far, first = by_distance(groups[0]), groups[0][0]
+            seconds = statistics.median(row["seconds"] for row in groups[0])
+            lines.append(
+                [
+                    f"`{model}`",
+                    *map(accuracy, groups),
+                    f"{far[0]:.3f}",
+                    f"{np.nanmean(far[6:]):.3f}",
+                ]
+                + [f"{seconds:.0f}", first["parameters"], first["state_bytes"]]
+            )
+    sweep.write_table(TASK, head, lines)
+    print("| stored | mqar, mean of seeds (sd) |\n|---|---|")
     for size in STORES:
         group = select(rows, f"store {size}", TASKS[0])
         if group:
-            print(
-                f"| {size} | {{:.3f}} ({{:.3f}}) |".format(
-                    *mean([r["query_accuracy"] for r in group])
-                )
-            )
+            print(f"| {size} | {accuracy(group)} |")
     draw(rows)
 
 
@@ -172,7 +172,7 @@ def draw(rows):
             last.plot(*zip(*points, strict=True), "o-", alpha=0.7, label=f"seed {seed}")
     last.set(xlabel="tokens in the store", ylim=(-0.02, 1.02), title="bmojo(mamba2), mqar")
     last.legend()
-    figure.savefig(FOLDER / "hybrid_recall.png")
+    figure.savefig(sweep.HERE / TASK / "hybrid_recall.png")
 
 
 if __name__ == "__main__":
