@@ -6,7 +6,7 @@
 
 64 tokens bind 8 keys and ask for them at any distance up to 61 tokens; windows see 8 tokens, half
 of them fading in B'MOJO, and segments have 8. The first argument is a mixer as it reads;
-task=forgetting_mqar binds every key twice. About a minute and a half on one CPU core;
+task=forgetting_mqar binds every key twice. About two minutes on one CPU core;
 experiments/hybrid_recall has accuracy against distance.
 """
 
@@ -23,7 +23,7 @@ def get_config(arg=None):
         combine=("gate", COMBINE),  # of a hybrid
         stored=16,  # tokens that bmojo keeps
         seed=0,
-        steps=500,
+        steps=1000,
         lr=1e-2,
     )
     data = {
