@@ -94,12 +94,13 @@ def olmo_hybrid(arg):
     """Olmo Hybrid 2026, arXiv 2604.03444: three layers of Gated DeltaNet with beta up to 2, then
     attention without positions. Keys have 3/4 of dim / heads channels, values twice as many.
 
-    Their attention normalises queries and keys, and its output in place of its input.
+    Their attention normalises queries and keys over all heads, here in each, and its output in
+    place of its input.
     """
     width = 3 * arg.dim // 16
     mixers = {
         "gated_delta_net": {"beta_max": 2.0, "key_dim": width, "value_dim": 2 * width},
-        "attention": {"window": capacity(arg.length), "rotary_base": 0.0},
+        "attention": {"window": capacity(arg.length), "rotary_base": 0.0, "qk_norm": True},
     }
     return repeat((*["gated_delta_net"] * 3, "attention"), arg.layers), mixers, {}
 

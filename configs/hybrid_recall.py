@@ -1,7 +1,6 @@
 """Recall of pairs that lie beyond a window: hybrids of attention and memory, and their halves.
 
-    python -m memjax.train \\
-        --config='configs/hybrid_recall.py:hybrid(sliding_window, gated_delta_net),seed=1' \\
+    python -m memjax.train --config='configs/hybrid_recall.py:mac(titans),seed=1' \\
         --workdir=runs/hybrid_recall
 
 64 tokens bind 8 keys and ask for them at any distance up to 61 tokens; windows see 8 tokens, half

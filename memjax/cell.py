@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from memjax import forms
-from memjax.recurrence import accumulator_dtype, memories, per_head, promote, scan_tokens
+from memjax.recurrence import (
+    accumulator_dtype,
+    memories,
+    per_head,
+    promote,
+    scan_tokens,
+    select,
+)
 from memjax.typing import AXES, Array, Bool, DTypeLike, PRNGKeyArray, PyTree, fields
 
 FORMS = ("pallas", "chunked", "scan")
@@ -109,6 +116,22 @@ class MemoryCell:
             return self.read(params, state, promote(x, dtype)).astype(output)
 
         return scan_tokens(step, read, fresh, fresh if state is None else state, xs, reset, write)
+
+    @per_head
+    def ask(self, params, state, xs, reset, write):
+        """What tokens are answered of which none is written: by the state, from the first reset on
+        by the initial one."""
+        dtype = accumulator_dtype(params, state, xs)
+        params, output = promote(params, dtype), jax.tree.leaves(xs)[0].dtype
+
+        def answers(state):
+            read = jax.vmap(lambda x: self.read(params, state, promote(x, dtype)))
+            return read(xs).astype(output)
+
+        y = answers(state)
+        if reset is not None:
+            y = select(jnp.cumsum(reset) > 0, answers(self.fresh(params, dtype)), y)
+        return y, state
 
     def chunked(self, params, state, xs, reset, write):
         """Parallel over chunks of tokens, in plain JAX."""

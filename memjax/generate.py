@@ -82,10 +82,11 @@ def sample_rows(
     if len(seeds) != len(prompts):
         raise ValueError(f"expected a seed for each of {len(prompts)} prompts; given {len(seeds)}")
     limit, longest = capacity(model.config), max(sizes)
-    if limit is not None and longest + length > limit:
+    if limit is not None and longest + length - 1 > limit:  # the last one is drawn, not read
         raise ValueError(
-            f"{longest + length} tokens (prompt {longest} + length {length}) do not fit the "
-            f"attention's capacity of {limit}; ask for at most {max(0, limit - longest)}"
+            f"{longest + length - 1} tokens (prompt {longest} + length {length}, the last not "
+            f"read) do not fit the attention's capacity of {limit}; ask for at most "
+            f"{max(0, limit - longest + 1)}"
         )
     read = jax.jit(functools.partial(absorb, model), donate_argnums=2)
     step = jax.jit(functools.partial(advance, model, temperature, top_k), donate_argnums=2)

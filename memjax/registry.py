@@ -101,6 +101,11 @@ def get(name: str) -> Any:
     return _find("cell or block", name, (CellSpec, BlockSpec))
 
 
+def is_cell(mixer: Any) -> bool:
+    """Whether a module is the mixer of a registered cell or of a wrapper around one."""
+    return any(type(mixer) is get(name).mixer for name in names())
+
+
 def channel(name: str) -> Any:
     """The spec of a registered channel mixer; ValueError with a suggestion when there is none."""
     return _find("channel mixer", name, (ChannelSpec,))

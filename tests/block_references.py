@@ -43,6 +43,11 @@ def project(x: np.ndarray, layer) -> np.ndarray:
     return np.tensordot(x, np.float64(layer["kernel"]), 1)
 
 
+def norm(a: np.ndarray) -> np.ndarray:
+    """RMSNorm with scales of one."""
+    return a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-5)
+
+
 def softmax(scores, visible):
     """Over the last axis, where visible."""
     weights = np.where(visible, np.exp(scores), 0)

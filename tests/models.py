@@ -70,6 +70,7 @@ def options(layers, changes=None) -> dict:
             "window": window,
             "segment": 3,
             "slots": 2,
+            "stored": 2,
             "top": 2,
         }
         found[name] = {k: v for k, v in small.items() if k in mixer_options(name)}

@@ -214,6 +214,7 @@ def test_window_sinks_and_memory_cover_every_position_once(window):
     assert distance(apply(params), expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_wrapped_memory_behind_a_window_starts_silent():
     """The zero of its output projection reaches the mixer inside the wrapper."""
     options = {"hybrid": {"combine": "window_exit"}, "sliding_window": {"heads": 2, "window": 2}}
@@ -290,6 +291,8 @@ IMPOSSIBLE = {
         "hybrid(sliding_window, mixture_of_memories)",
         {"combine": "window_exit"},
     ),
+    "mac: segment must be at least 1": ("mac", {"segment": 0}),
+    "heads a divisor of dim 16; given 64, 4, 3": ("mac", {"heads": 3}),
     "implementation 'fast': allowed are": ("delta_net", {"implementation": "fast"}),
 }
 

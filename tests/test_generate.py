@@ -169,8 +169,8 @@ def test_more_than_attention_can_hold_is_refused():
     layers = ((("hybrid(attention, linear_attention)",), 1),)
     sizes = {"attention": {"window": 24, "heads": 2}, "linear_attention": {"heads": 2}}
     small = LanguageModel(ModelConfig(259, 8, layers, mixers=sizes))
-    with pytest.raises(ValueError, match=r"prompt 21 \+ length 4.* capacity of 24.* at most 3"):
-        generate.sample(small, None, PROMPT, 4)
+    with pytest.raises(ValueError, match=r"prompt 21 \+ length 5.* capacity of 24.* at most 4"):
+        generate.sample(small, None, PROMPT, 5)
 
 
 def test_an_earlier_checkpoint_can_be_loaded(workdir, model):
@@ -263,7 +263,7 @@ def test_a_run_on_a_task_is_no_text(command, workdir, monkeypatch):
 def test_the_command_says_what_attention_can_hold(command, workdir, monkeypatch):
     monkeypatch.setattr(generate, "capacity", lambda _: 30)
     code, out, err = command(f"--workdir={workdir}", "--prompt=abc", "--length=40")
-    assert code == 2 and out == "" and "ask for at most 26" in err
+    assert code == 2 and out == "" and "ask for at most 27" in err
 
 
 def test_the_stream_is_lazy(model):

@@ -151,6 +151,10 @@ MODELS = {
         "cross_attention",
         "published(attention)",
     ),
+    "rotary_base 10000.0 is not that of the attention which it reads, 0.0": (
+        "published(attention)",
+        "cross_attention",
+    ),
     "published needs a memory cell inside; given Hybrid, a block": ("published(hybrid)",),
 }
 
@@ -158,7 +162,8 @@ MODELS = {
 @pytest.mark.parametrize("message", MODELS)
 def test_what_nobody_publishes_is_refused(message):
     with pytest.raises(ValueError) as error:
-        ModelConfig(vocab=17, dim=16, layers=((MODELS[message], 2),))
+        mixers = {"attention": {"rotary_base": 0.0}} if "rotary" in message else {}
+        ModelConfig(vocab=17, dim=16, layers=((MODELS[message], 2),), mixers=mixers)
     assert message in str(error.value)
 
 

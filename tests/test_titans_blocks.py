@@ -1,9 +1,10 @@
 """Titans' memory as a gate, as a layer and as a context, each against its equation."""
 
+import contract
 import jax
 import numpy as np
 import pytest
-from block_references import Same, T, W, attend, context, initialise, project, tokens
+from block_references import Same, T, W, attend, context, initialise, norm, project, tokens
 from contract import distance
 
 from memjax.blocks.titans import MAG, MAL
@@ -21,10 +22,6 @@ def always(own, keys, values, visible):
     k, v = (np.float64(own[name]).transpose(1, 0, 2)[None] for name in ("k", "v"))
     k, v = np.concatenate([k, keys], axis=1), np.concatenate([v, values], axis=1)
     return k, v, np.concatenate([np.ones((len(visible), PERSISTENT), bool), visible], axis=1)
-
-
-def norm(a):
-    return a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-5)
 
 
 def sigmoid(a):
@@ -67,7 +64,6 @@ def test_mag_of_a_constant_gate_is_the_window_and_mal_without_a_memory_too():
         assert distance(apply(params, x), expected) <= 1e-6
 
 
-@pytest.mark.slow
 def test_mac_equals_its_equation():
     """Segment by segment: the memory is asked as it stood behind the last one, a token sees what it
     says of tokens up to its own, and it is written with the attention's answers."""
@@ -98,7 +94,29 @@ def test_mac_equals_its_equation():
 
 
 def test_mac_needs_a_memory():
-    for inside in ("base_conv", "rwkv7", "mixture_of_memories"):
+    publishing = "rwkv7", "mixture_of_memories", "memory_caching(rwkv7)"
+    for inside in ("base_conv", "bmojo_f(mixture_of_memories)", *publishing):
         module = make_mixer(f"mac({inside})", {}, **SHARED)(name="mixer")
         with pytest.raises(ValueError, match="mac needs a memory cell that publishes nothing"):
             initialise(module, tokens())
+
+
+@pytest.mark.slow
+def test_a_single_token_that_is_not_written_changes_no_bit_of_mac():
+    """Also where the next segment begins."""
+    module = make_mixer("mac(delta_net)", {"mac": {"segment": W, "heads": 2}, **DELTA}, **SHARED)
+    module, x = module(name="mixer"), tokens()
+    params, _ = initialise(module, x)
+
+    @jax.jit
+    def step(x, state, ctx):
+        return module.apply({"params": params}, x, state, ctx)[1]
+
+    state = step(x[:, :1], None, context(1, 1))
+    silent = context(1, 1).replace(write=np.zeros((1, 1), bool))
+    for n in range(1, 2 * W + 1):
+        ctx = silent.replace(position=np.full((1, 1), n))
+        contract.assert_identical(step(x[:, n : n + 1], state, ctx), state, f"{n} tokens")
+        emptied = step(x[:, :1], state, silent.replace(reset=np.ones((1, 1), bool)))
+        contract.assert_identical(emptied, step(x[:, :1], None, silent), f"{n} tokens, emptied")
+        state = step(x[:, n : n + 1], state, ctx.replace(write=None))

@@ -4,12 +4,13 @@
     y_i = softmax over  k_j, v_j    of the last W tokens, i included,
                         k'_j, v'_j  of the W tokens in front of them (fading),
                         k_j, v_j    of the older tokens that are stored (eidetic; `bmojo` only)
-    e_j = ||F_j - mean of the last p F|| / ||F_j||;   a chunk of W tokens stores the m of the
-          largest e_j > tau; of all that is stored the M of the largest e stay, or the newest
+    e_j = ||F_j - f_j|| / max(||F_j||, ||f_j||), f_j the mean of the p F in front of j, of as many
+          as the document has;   a chunk of W tokens stores the m of the largest e_j > tau; of all
+          that is stored the M of the largest e stay, or the newest
 
-Zancato et al. 2024, arXiv 2407.06324. Keys of all kinds are rotated by their own position. A fading
-token j sums up tokens up to j, so that nothing is seen twice: 2 W positions are exact or nearly so,
-and what lies behind them is seen through F and the store.
+Zancato et al. 2024, arXiv 2407.06324. Keys of all kinds are normed and rotated by their own
+position. A fading token j sums up tokens up to j, none of which is in the exact window: 2 W
+positions are exact or nearly so, and what lies behind them is seen through F and the store.
 
 That an innovation test on the memory's output selects what is stored, and that the store is bounded
 and read asynchronously, is the paper's; its equations for it are not public, so that the form above
@@ -20,6 +21,7 @@ equals goes first; they have no gradient, stored keys and values have.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -28,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cells.attention import HeadsMixer, Line, SlidingWindow, without_sinks
-from memjax.nn.layers import rotary, widen
+from memjax.nn.layers import widen
 from memjax.recurrence import accumulator_dtype, any_of_batch, lags, per_head, promote, select
 from memjax.registry import BlockSpec, register
 from memjax.typing import Array, Bool, Field, Float, Int, PyTree
@@ -102,8 +104,8 @@ class EideticRing(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What is stored of M tokens: e, the token's number in its document, -1 where a slot is free,
-    and what stands there, its key and value or where to find them. Free slots are zero."""
+    """What is stored of M tokens: e, the token's number in its document, from 1, and what stands
+    there, its key and value or where to find them. Free slots are zero."""
 
     innovation: Float[Array, " M"]
     token: Int[Array, " M"]
@@ -147,10 +149,12 @@ class EideticWindow(FadingWindow):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (1 <= self.top <= self.window and self.stored >= 1 and self.evict in EVICT):
+        fit = 1 <= self.top <= self.window and self.stored >= 1 and self.evict in EVICT
+        if not fit or math.isnan(self.threshold):
             raise ValueError(
-                f"{type(self).__name__}: stored must be at least 1, top from 1 to the window, "
-                f"evict {' or '.join(EVICT)}; given {self}"
+                f"bmojo: stored must be at least 1, top from 1 to the window, {self.window}, "
+                f"threshold a number, evict {' or '.join(EVICT)}; given stored {self.stored}, top "
+                f"{self.top}, threshold {self.threshold}, evict {self.evict!r}"
             )
 
     def leaves(self, x):
@@ -161,7 +165,7 @@ class EideticWindow(FadingWindow):
         ring, number = super().init_state(params), self.stored
         empty = jnp.zeros((self.reach,), jnp.float32)
         held = tuple(jnp.zeros((number, *a.shape[1:]), a.dtype) for a in (ring.k, ring.v))
-        free = jnp.full((number,), -1, jnp.int32)
+        free = jnp.zeros((number,), jnp.int32)
         entries = Entries(jnp.zeros((number,), jnp.float32), free, held)
         kept = ring.k, ring.v, ring.fading_k, ring.fading_v
         return Eidetic(EideticRing(*kept, empty, ring.written), entries)
@@ -174,18 +178,18 @@ class EideticWindow(FadingWindow):
         self, store: Entries, innovation: Float[Array, " W"], first: Int[Array, ""], held: PyTree
     ) -> tuple[Entries, Int[Array, " M"]]:
         """The store behind a chunk, and where its entries stood: below M in the store, then in the
-        chunk. innovation: e of the chunk's tokens; first: the first one's number; held: of each,
-        leaves [W, ...]."""
+        chunk. innovation: e of the chunk's tokens; first: the tokens in front of it; held: of
+        each, leaves [W, ...]."""
         fit = lax.stop_gradient(jnp.where(innovation > self.threshold, innovation, -jnp.inf))
         best, which = lax.top_k(fit, self.top)
-        token = jnp.where(best > -jnp.inf, first + which, -1)
+        token = jnp.where(best > -jnp.inf, first + 1 + which, 0)
         worth = lax.stop_gradient(store.innovation)
         tokens = jnp.concatenate([store.token, token])
         order = tokens
         if self.evict == "smallest":
-            order = jnp.where(tokens >= 0, jnp.concatenate([worth, best]), -jnp.inf)
+            order = jnp.where(tokens > 0, jnp.concatenate([worth, best]), -jnp.inf)
         _, kept = lax.top_k(order, self.stored)
-        there = tokens[kept] >= 0
+        there = tokens[kept] > 0
 
         def gather(old, new):
             chosen = jnp.concatenate([old, new[which].astype(old.dtype)])[kept]
@@ -193,7 +197,7 @@ class EideticWindow(FadingWindow):
 
         entries = Entries(
             gather(store.innovation, innovation),
-            jnp.where(there, tokens[kept], -1),
+            tokens[kept],
             jax.tree.map(gather, store.held, held),
         )
         return entries, jnp.concatenate([jnp.arange(self.stored), self.stored + which])[kept]
@@ -213,8 +217,7 @@ class EideticWindow(FadingWindow):
 
     def read(self, params, state, x):
         ring, store = state
-        age = ring.written - 1 - store.token
-        visible = (store.token >= 0) & (age >= self.reach)
+        visible = (store.token > 0) & (ring.written - store.token >= self.reach)
         parts = [*self._parts(ring), (*store.held, visible[None])]
         return self._attend(params, x.q[None], parts, ring.written[None])[0]
 
@@ -238,14 +241,14 @@ class EideticWindow(FadingWindow):
 
         def eidetic(more, high, origin):
             index = more.entries.held
-            here = (more.entries.token >= 0) & (origin == more.origin)[:, None]
-            old = (high - origin)[:, None] - more.entries.token >= self.reach
+            here = (more.entries.token > 0) & (origin == more.origin)[:, None]
+            old = (high + 1 - origin)[:, None] - more.entries.token >= self.reach
             entered = (self.chunks(high + 1 - origin) > more.chunks)[:, None]
             return [(bank[0][index], bank[1][index], here & old & (more.stays | ~entered))]
 
         y = self._blocks(params, promote(xs.q, dtype), line, ring, stores, eidetic)
         held = tuple(
-            select(last.token >= 0, a[last.held], jnp.zeros_like(a[: self.stored])) for a in bank
+            select(last.token > 0, a[last.held], jnp.zeros_like(a[: self.stored])) for a in bank
         )
         final = Eidetic(self._ring(fresh.ring, ring, line, reset), last._replace(held=held))
         return y.astype(xs.q.dtype), final
@@ -259,7 +262,7 @@ class EideticWindow(FadingWindow):
         length, slots = line.high.shape[0], jnp.arange(self.stored)
         innovation = jnp.pad(line.kept[-1], (0, self.window))
         first = jnp.arange(0, length, self.block_size(length))
-        empty = Entries(jnp.zeros_like(store.innovation), jnp.full_like(store.token, -1), slots)
+        empty = Entries(jnp.zeros_like(store.innovation), jnp.zeros_like(store.token), slots)
 
         def enter(entries, origin, chunks):
             token = chunks * self.window
@@ -290,16 +293,28 @@ class EideticWindow(FadingWindow):
         return stores, advance(last, (line.origin[-1], line.seen[-1]))[0]
 
 
+def innovation(
+    made: Float[Array, "B T D"], foreseen: Float[Array, "B T D"]
+) -> Float[Array, "B T 1"]:
+    """e, from 0 to 2."""
+    error, *sizes = (
+        jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (made - foreseen, made, foreseen)
+    )
+    return error / jnp.maximum(jnp.maximum(*sizes), 1e-30)
+
+
 class BMojoF(HeadsMixer):
     """A window over tokens and over what a mixer makes of them; the state has that mixer's own,
     "fading".
 
     inner: one maker of that mixer, called without a name. tie: one set of weights for the keys and
-    values of tokens and of F; otherwise F has its own.
+    values of tokens and of F; otherwise F has its own. qk_norm: without it the fading keys, whose
+    scale nothing bounds, may take the whole softmax while the memory is not trained yet.
     """
 
     inner: tuple[Callable[..., Any], ...] = ()
     tie: bool = True
+    qk_norm: bool = True
 
     def make_cell(self):
         return FadingWindow(self.size, self.size, self.window, store_dtype=self.dtype)
@@ -315,10 +330,7 @@ class BMojoF(HeadsMixer):
         xs, _, new = super().inputs(x, state, ctx)
         made, new["fading"], ctx = self.fading(x, state.get("fading"), ctx)
         key, value = (self.key, self.value) if self.tie else (self.fading_key, self.fading_value)
-        k, v = key(made), value(made)
-        if self.rotary_base:
-            k = rotary(k, ctx.position, self.rotary_base)
-        return Inputs(xs.q, xs.k, xs.v, k, v), made, new, ctx
+        return Inputs(xs.q, xs.k, xs.v, self.keys(key(made), ctx), value(made)), made, new, ctx
 
     def inputs(self, x, state, ctx):
         xs, _, new, ctx = self.fade(x, state, ctx)
@@ -361,9 +373,12 @@ class BMojo(BMojoF):
         if tail is None:
             tail = jnp.zeros((x.shape[0], self.predictor, self.dim), made.dtype)
         past, new["predictor"] = lags(made, tail, ctx.reset, ctx.write)
-        error = jnp.linalg.norm(made - sum(past) / self.predictor, axis=-1, keepdims=True)
-        size = jnp.linalg.norm(made, axis=-1, keepdims=True)
-        return EideticInputs(**xs._asdict(), innovation=error / (size + 1e-6)), ctx, new
+        number = jnp.clip(ctx.position, 1, self.predictor)[..., None]
+        return (
+            EideticInputs(**xs._asdict(), innovation=innovation(made, sum(past) / number)),
+            ctx,
+            new,
+        )
 
 
 register(

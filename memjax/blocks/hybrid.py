@@ -31,7 +31,7 @@ from memjax.cells.attention import SlidingWindowMixer
 from memjax.nn.layers import Context, Dense, Norm
 from memjax.nn.mixer import Mixer
 from memjax.recurrence import lags
-from memjax.registry import BlockSpec, register
+from memjax.registry import BlockSpec, is_cell, register
 from memjax.typing import Array, DTypeLike, Float, PyTree, fields
 
 COMBINE = ("gate", "parallel", "sequential", "window_exit")
@@ -88,7 +88,7 @@ def check_exit(attention: nn.Module, memory: nn.Module) -> None:
             "combine 'window_exit' needs sliding_window in front, whose tokens leave; given "
             f"{given}"
         )
-    if not isinstance(memory, Mixer):
+    if not is_cell(memory):
         raise ValueError(
             "combine 'window_exit' needs a memory cell behind the window; given "
             f"{type(memory).__name__}, a block. Use combine 'gate', 'parallel' or 'sequential'"

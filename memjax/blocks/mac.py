@@ -26,10 +26,9 @@ import jax.numpy as jnp
 
 from memjax.blocks.bmojo import FadingWindow, Inputs
 from memjax.cells.attention import HeadsMixer
-from memjax.nn.layers import Context, Norm, rotary
-from memjax.nn.mixer import Mixer
+from memjax.nn.layers import Context, Norm
 from memjax.recurrence import from_chunks, phase_split, select, to_chunks
-from memjax.registry import BlockSpec, register
+from memjax.registry import BlockSpec, is_cell, register
 from memjax.typing import Array, DTypeLike, Float, PyTree
 
 
@@ -59,9 +58,7 @@ class SegmentMixer(HeadsMixer):
     def inputs(self, x, state, ctx):
         x, held = jnp.split(x, 2, axis=-1)
         xs, kept, new = super().inputs(x, state, ctx)
-        k, v = self.key(held), self.value(held)
-        if self.rotary_base:
-            k = rotary(k, ctx.position, self.rotary_base)
+        k, v = self.keys(self.key(held), ctx), self.value(held)
         return Inputs(xs.q, xs.k, xs.v, k, v), kept, new
 
 
@@ -84,6 +81,11 @@ class MAC(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
+        if self.segment < 1 or self.persistent < 0 or self.heads < 1 or self.dim % self.heads:
+            raise ValueError(
+                f"mac: segment must be at least 1, persistent at least 0, heads a divisor of dim "
+                f"{self.dim}; given {self.segment}, {self.persistent}, {self.heads}"
+            )
         # neither joins the residual stream
         self.memory = self.inner[0](out_scale=1.0)
         check_memory(self.memory)
@@ -134,19 +136,21 @@ class MAC(nn.Module):
             held = select(reset[:, 0], fresh, held)
         place = position[:, 0] % self.segment
         base = select(place == 0, held, state["base"])
-        told, _, _ = self.memory(x, base, reads(ctx))
+        told = self.memory.consult(x, base, ctx.replace(reset=None))
         y, after, _ = self.attend(x, told, near, ctx)
         if aligned or x.shape[1] == 1:
+            if x.shape[1] == 1 and write is not None:  # nothing changes that is not written
+                old = state["base"] if reset is None else select(reset[:, 0], fresh, state["base"])
+                base = select(write[:, 0], base, old)
             m, held, _ = self.memory(y, held, ctx.replace(reset=None))
-            state = {"attention": after, "memory": held, "base": base}
-            return state, self.gated(y, m)
+            return {"attention": after, "memory": held, "base": base}, self.gated(y, m)
         written = jnp.ones(x.shape[:2], bool) if write is None else write
         phases = jax.vmap(functools.partial(phase_split, self.segment))(place, reset, written)
         m, border, _ = self.memory(y, held, ctx.replace(reset=None, write=phases.first))
 
         def behind(block, y, after, m, held):
             """The same behind the border."""
-            later, _, _ = block.memory(x, held, reads(ctx).replace(reset=reset))
+            later = block.memory.consult(x, held, ctx)
             both = jnp.where(phases.before[..., None], told, later)
             y, after, _ = block.attend(x, both, near, ctx)
             late, held, _ = block.memory(y, held, ctx.replace(write=phases.second))
@@ -185,7 +189,11 @@ def part(ctx: Context, span: slice) -> Context:
 
 def check_memory(memory: Any) -> None:
     """ValueError for what has no state of a memory, or speaks to other layers."""
-    if not isinstance(memory, Mixer) or memory.published(1, 1, False) or memory.reports_loss:
+    parts = [memory]
+    while hasattr(parts[-1], "template"):  # of a wrapper
+        parts.append(parts[-1].template)
+    speaks = [part.published(1, 1, False) or part.reports_loss for part in parts if is_cell(part)]
+    if not is_cell(memory) or any(speaks):
         raise ValueError(
             f"mac needs a memory cell that publishes nothing; given {type(memory).__name__}. Use "
             "titans, gated_delta_net or another cell"

@@ -109,7 +109,7 @@ class CrossAttention(nn.Module):
     """(x, state, ctx) -> (y, state, ctx) without a state.
 
     heads: of queries, a multiple of the published heads of keys, whose width they have.
-    rotary_base: as of the attention that is read. implementation: as in `memjax.run`.
+    rotary_base: that of the attention that is read. implementation: as in `memjax.run`.
     """
 
     reads: ClassVar[str] = "attention"

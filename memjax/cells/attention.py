@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.nn.layers import Dense, rotary
+from memjax.nn.layers import Context, Dense, Norm, rotary
 from memjax.nn.mixer import Mixer
 from memjax.recurrence import (
     accumulator_dtype,
@@ -361,7 +361,8 @@ class HeadsMixer(Mixer):
 
     heads: of queries. kv_heads: of keys and values, a divisor of heads; None for as many.
     head_dim: per head; None for dim / heads. window: W. rotary_base: theta of the rotary
-    embedding (Su et al. 2021), 0 for no positions. A subclass defines `make_cell`.
+    embedding (Su et al. 2021), 0 for no positions. qk_norm: RMSNorm of each query and key in front
+    of it (Dehghani et al. 2023, arXiv 2302.05442). A subclass defines `make_cell`.
     """
 
     heads: int = 4
@@ -369,6 +370,7 @@ class HeadsMixer(Mixer):
     head_dim: int | None = None
     window: int = 256
     rotary_base: float = 1e4
+    qk_norm: bool = False
 
     @property
     def memories(self):
@@ -395,6 +397,8 @@ class HeadsMixer(Mixer):
         queries = kv_heads, self.heads // kv_heads, size
         self.query = Dense(queries, grouped, std=self.std, dtype=dtype)
         self.key, self.value = self.projection(), self.projection()
+        if self.qk_norm:
+            self.query_norm, self.key_norm = (Norm("rms", ("head_dim",)) for _ in range(2))
         std = self.std * self.out_scale
         self.output = Dense((self.dim,), ("embed",), grouped, std=std, dtype=dtype)
 
@@ -405,9 +409,17 @@ class HeadsMixer(Mixer):
 
     def inputs(self, x, state, ctx):
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.rotary_base:
-            q, k = (rotary(a, ctx.position, self.rotary_base) for a in (q, k))
-        return Inputs(q, k, v), None, {}
+        if self.qk_norm:
+            q = self.query_norm(q)
+        return Inputs(self.rotated(q, ctx), self.keys(k, ctx), v), None, {}
+
+    def keys(self, k: Float[Array, "B T h K"], ctx: Context) -> Float[Array, "B T h K"]:
+        """Projected keys as they are kept."""
+        return self.rotated(self.key_norm(k) if self.qk_norm else k, ctx)
+
+    def rotated(self, a: Float[Array, "B T *h K"], ctx: Context) -> Float[Array, "B T *h K"]:
+        """By their positions."""
+        return rotary(a, ctx.position, self.rotary_base) if self.rotary_base else a
 
     def outputs(self, y, kept):
         return self.output(y)

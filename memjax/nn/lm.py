@@ -73,14 +73,14 @@ class ModelConfig:
         for name in self.mixers:
             if name not in used:
                 raise ValueError(registry.unknown("mixer in model.mixers", name, sorted(used)))
-        known: set[str] = set()
+        known: dict[str, Any] = {}
         for text in named:
             make_mixer(text, self.mixers)
             self._check_published(text, known)
 
-    def _check_published(self, layer: str, known: set[str]):
-        """ValueError when a layer reads what no layer in front of it, in `known`, publishes; adds
-        to `known` what this one does."""
+    def _check_published(self, layer: str, known: dict[str, Any]):
+        """ValueError when a layer reads what no layer in front of it, in `known`, publishes, or has
+        other positions; adds to `known` what this one does, with its rotary base."""
         mixers = [
             make_mixer(text, self.mixers, dim=self.dim)(parent=None) for text in mixer_texts(layer)
         ]
@@ -88,7 +88,16 @@ class ModelConfig:
             reads = getattr(mixer, "reads", None)
             if reads and reads not in known:
                 raise ValueError(f"layer {layer!r}: {unpublished(reads)}")
-        known.update(m.publishes for m in mixers if hasattr(m, "publishes"))
+            own = getattr(mixer, "rotary_base", None)
+            if reads and own not in (None, known[reads]):
+                raise ValueError(
+                    f"layer {layer!r}: rotary_base {own} is not that of the attention which it "
+                    f"reads, {known[reads]}; set both alike"
+                )
+        for mixer in mixers:
+            if hasattr(mixer, "publishes"):
+                inner = mixer.inner[0](parent=None)
+                known[mixer.publishes] = getattr(inner, "rotary_base", None)
 
     @property
     def depth(self) -> int:

@@ -106,6 +106,14 @@ class Mixer(nn.Module):
         _, y, kept, new = self.answers(x, {} if state is None else state, ctx)
         return self.outputs(y, kept), new, self.publish(kept, ctx)
 
+    def consult(self, x: Float[Array, "B T D"], state: dict, ctx: Context) -> Float[Array, "B T D"]:
+        """What the layer gives for tokens that only read, as if none were written in this call; it
+        costs no more than reading."""
+        silent = ctx.replace(write=jnp.zeros(x.shape[:2], bool))
+        xs, kept, _ = self.inputs(x, state, silent)
+        y, _ = self.cell.ask(self.weights(kept), state["memory"], xs, ctx.reset, None)
+        return self.outputs(y, kept)
+
     def answers(
         self, x: Float[Array, "B T D"], state: dict, ctx: Context
     ) -> tuple[PyTree, Array, PyTree, dict]:
