@@ -84,6 +84,7 @@ def test_mac_equals_its_equation():
         told = np.float64(ask(part, state, np.zeros((1, n), bool))[0])
         q, k, v = (project(part, layer[name]) for name in ("query", "key", "value"))
         told_k, told_v = (project(told, layer[name]) for name in ("key", "value"))
+        q, k, told_k = norm(q), norm(k), norm(told_k)
         keys, values = np.concatenate([k, told_k], axis=1), np.concatenate([v, told_v], axis=1)
         past = np.tri(n, dtype=bool)
         visible = np.concatenate([past, past], axis=1)

@@ -8,8 +8,8 @@ Behrouz et al. 2024, arXiv 2501.00663, Sec. 4.1, Eq. 21-25. A segment is C writt
 from a document's start. In the paper's figure all h of a segment are a prefix that every token
 sees; h_j depends on x_j, so that the past would see the future: a token sees those up to its own,
 our choice. So is: h is what the memory's layer answers to a token that is not written; h and x go
-through the same projections, at the same position; M(y_i) is read when y_i is written; the form of
-the gate; persistent tokens are learned keys and values.
+through the same projections, at the same position, and queries and keys are normed; M(y_i) is read
+when y_i is written; the form of the gate; persistent tokens are learned keys and values.
 
 Segments follow one another, the tokens of one are handled together. Where a batch has documents
 that begin or segments that end inside of a window of C tokens, the window is gone through twice.
@@ -96,6 +96,7 @@ class MAC(nn.Module):
             heads=self.heads,
             window=self.segment,
             rotary_base=self.rotary_base,
+            qk_norm=True,  # the scale of h is not bounded, see `memjax.blocks.bmojo`
             persistent=self.persistent,
         )
         self.attention_norm, self.memory_norm = Norm(), Norm()
