@@ -240,7 +240,7 @@ class EideticWindow(FadingWindow):
         stores, last = self._stores(store, line, ring.written)
 
         def eidetic(more, high, origin):
-            index = more.entries.held
+            index = more.entries.held - 1
             here = (more.entries.token > 0) & (origin == more.origin)[:, None]
             old = (high + 1 - origin)[:, None] - more.entries.token >= self.reach
             entered = (self.chunks(high + 1 - origin) > more.chunks)[:, None]
@@ -248,7 +248,7 @@ class EideticWindow(FadingWindow):
 
         y = self._blocks(params, promote(xs.q, dtype), line, ring, stores, eidetic)
         held = tuple(
-            select(last.token > 0, a[last.held], jnp.zeros_like(a[: self.stored])) for a in bank
+            select(last.held > 0, a[last.held - 1], jnp.zeros_like(a[: self.stored])) for a in bank
         )
         final = Eidetic(self._ring(fresh.ring, ring, line, reset), last._replace(held=held))
         return y.astype(xs.q.dtype), final
@@ -257,18 +257,18 @@ class EideticWindow(FadingWindow):
         self, store: Entries, line: Line, written: Int[Array, ""]
     ) -> tuple[BlockStore, Entries]:
         """The store of each block, leaves [N, ...], and the last token's; `held` is where an entry
-        stands in the store that was carried in, or behind it on the line. written: tokens of the
-        document that runs on in front."""
+        stands, counted from 1, in the store that was carried in or behind it on the line, 0 for
+        nothing. written: tokens in front, of the document that runs on."""
         length, slots = line.high.shape[0], jnp.arange(self.stored)
         innovation = jnp.pad(line.kept[-1], (0, self.window))
         first = jnp.arange(0, length, self.block_size(length))
-        empty = Entries(jnp.zeros_like(store.innovation), jnp.zeros_like(store.token), slots)
+        empty = jax.tree.map(jnp.zeros_like, store._replace(held=slots))
 
         def enter(entries, origin, chunks):
             token = chunks * self.window
             start = jnp.clip(origin + token, 0, len(line.kept[-1]))
             chunk = lax.dynamic_slice_in_dim(innovation, start, self.window)
-            where = self.stored + start + jnp.arange(self.window)
+            where = 1 + self.stored + start + jnp.arange(self.window)
             return self.admit(entries, chunk, token, where)
 
         def advance(carry, query):
@@ -288,7 +288,7 @@ class EideticWindow(FadingWindow):
             return carry, BlockStore(entries, origin, chunks, stays)
 
         start = len(line.kept[0]) - length - written  # of the document that runs on
-        begin = store._replace(held=slots), start, self.chunks(written)
+        begin = store._replace(held=1 + slots), start, self.chunks(written)
         last, stores = lax.scan(block, begin, (line.origin[first], line.seen[first]))
         return stores, advance(last, (line.origin[-1], line.seen[-1]))[0]
 
