@@ -1,12 +1,16 @@
 """Operations counted from jaxprs."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memjax import cells, cost, inputs
+from memjax.blocks.hybrid import COMBINE
 from memjax.cell import run
+from memjax.nn.layers import Context
+from memjax.nn.stack import make_mixer
 
 
 def test_products_loops_and_branches():
@@ -50,3 +54,27 @@ def test_the_scan_of_a_memory_costs_its_equation():
     counted = cost.flops(lambda xs: run(cell, {}, xs, implementation="scan"), xs)
     least = 2 * 9 * 3 * (2 * 8 * 6 + 2 * 8 * 6 + 2 * 8 * 6)
     assert least <= counted < 1.5 * least
+
+
+def layer_flops(layer, length, combine="gate"):
+    """Operations of both passes of a layer of width 256, gradients of the weights included."""
+    options = {"sliding_window": {"window": 128}, "hybrid": {"combine": combine}}
+    module = make_mixer(layer, options, dim=256, std=0.02)()
+    x = jax.ShapeDtypeStruct((1, length, 256), jnp.float32)
+    ctx = Context(None, None, jnp.arange(length)[None])
+    params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x, None, ctx))
+
+    def loss(params, x):
+        return jnp.sum(module.apply(params, x, None, ctx)[0])
+
+    return cost.flops(jax.grad(loss, (0, 1)), params, x)
+
+
+def test_a_hybrid_costs_what_its_halves_do_and_a_window_what_its_length_does():
+    """At most 10 % more than the sum: the gate has a projection of its own."""
+    halves = layer_flops("sliding_window", 512) + layer_flops("gated_delta_net", 512)
+    for combine in COMBINE:
+        both = layer_flops("hybrid(sliding_window, gated_delta_net)", 512, combine)
+        assert halves * 0.98 <= both <= halves * 1.1, f"{combine}: {both / halves}"
+    few, many = (layer_flops("sliding_window", length) for length in (2048, 8192))
+    assert many <= 4.02 * few
