@@ -11,7 +11,7 @@ experiments/hybrid_recall has accuracy against distance.
 
 from memjax import defaults
 from memjax.blocks.hybrid import COMBINE
-from memjax.config import parse_arg
+from memjax.config import UserError, parse_arg
 
 
 def get_config(arg=None):
@@ -19,8 +19,8 @@ def get_config(arg=None):
         arg,
         mixer="hybrid(sliding_window, gated_delta_net)",
         task=("mqar", ("mqar", "forgetting_mqar")),
-        combine=("gate", COMBINE),  # of a hybrid
-        stored=16,  # tokens that bmojo keeps
+        combine=("", ("", *COMBINE)),  # of a hybrid; '' for its default
+        stored=0,  # tokens that bmojo keeps; 0 for 16
         seed=0,
         steps=1000,
         lr=1e-2,
@@ -38,12 +38,15 @@ def get_config(arg=None):
         data["updates"] = 8
     config = defaults.tiny_recall(data, arg.mixer)
     changes = {
-        "hybrid": {"combine": arg.combine},
+        "hybrid": {"combine": arg.combine} if arg.combine else {},
         "sliding_window": {"window": 8},
         "mac": {"segment": 8},
         "bmojo_f": {"window": 4},
-        "bmojo": {"window": 4, "top": 4, "stored": arg.stored},
+        "bmojo": {"window": 4, "top": 4, "stored": arg.stored or 16},
     }
+    for option, name in (("combine", "hybrid"), ("stored", "bmojo")):
+        if arg[option] and name not in config.model.mixers:
+            raise UserError(f"{option}={arg[option]} is an option of {name}; given {arg.mixer}")
     for name, options in changes.items():
         if name in config.model.mixers:
             config.model.mixers[name].update(options)

@@ -96,6 +96,7 @@ SOURCES = {
     "configs/mqar.py:delta_nte": ["'delta_nte'", "linear_attention", "Did you mean 'delta_net'?"],
     "configs/mqar.py:delta_net,sede=1": ["'sede'", "cell, seed, steps, lr", "Did you mean 'seed'?"],
     "configs/mqar.py:delta_net,seed=x": ["seed='x'", "expected an int"],
+    "configs/hybrid_recall.py:delta_net,stored=4": ["stored=4", "option of bmojo", "delta_net"],
     "configs/quickstart.py:delta_net": ["takes no argument", "--config=configs/quickstart.py"],
     "configs/text.py:gated_delta_nte": ["'gated_delta_nte'", "Did you mean 'gated_delta_net'?"],
 }
