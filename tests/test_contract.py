@@ -2,9 +2,10 @@
 
 Fast tests hold every cell to the laws of values, gradients, splits, resets and causality, and one
 cell to that of the default chunk and to those of the machinery that all share (heads, dtypes, jax's
-transformations). The other cells' turn at those, layouts, variants, the cells of blocks, and the
-full product of cells, lengths, scenarios and forms, are marked slow. A test covers all forms of a
-cell, which share compiled code.
+transformations). Slow are the default chunk of the others, one cell of each implementation of the
+chunked form (`KINDS`) at the laws of the machinery, layouts, variants, the cells of blocks, and the
+product of cells, lengths, scenarios and forms. A test covers all forms of a cell, which share
+compiled code; compilation is what a test costs.
 """
 
 import contract
@@ -16,6 +17,7 @@ CELLS = contract.cases(variants=False, blocks=False)
 WHOLE = contract.cases(variants=False)  # with the cells of blocks
 CASES = contract.cases()
 slow = pytest.mark.slow
+LENGTH = 29  # three chunks of 8 and a part of one; more than three of every shorter unit
 
 
 SHORTEST = [min(CELLS, key=lambda case: len(case.fields))]  # the cell that compiles fastest
@@ -26,12 +28,16 @@ CHUNKED = [
     if "rate" in {field.kind for field in case.fields.values()}
     and contract.small(case) != case._replace(cell=case.spec.cell())
 ][:1]
+# Of each implementation of the chunked form the cell with the most inputs.
+KINDS = {type(case.cell).chunked: case for case in sorted(WHOLE, key=lambda c: len(c.fields))}
+KINDS = list(KINDS.values())
 
 
-def each(cases, fast=CASES):
-    """One test for each case, slow where it is none of `fast`."""
-    rows = [pytest.param(case, marks=() if case in fast else slow) for case in cases]
-    return pytest.mark.parametrize("case", rows, ids=[case.name for case in cases])
+def each(cases, fast=()):
+    """One test for each of `fast`, and slow ones for the other cases."""
+    rows = [*fast, *(pytest.param(case, marks=slow) for case in cases if case not in fast)]
+    names = [case.name for case in (*fast, *(case for case in cases if case not in fast))]
+    return pytest.mark.parametrize("case", rows, ids=names)
 
 
 def each_form(cases, forms=contract.forms, **axes):
@@ -52,22 +58,22 @@ def compared(case):
 def test_values_and_gradients(case):
     for form in contract.forms(case):
         for scenario in contract.scenarios(case):
-            checks.check_forms(case, form, contract.problem(case, 0, 29, scenario))
+            checks.check_forms(case, form, contract.problem(case, 0, LENGTH, scenario))
 
 
-@each(CASES, fast=SHORTEST)
+@each(KINDS, fast=SHORTEST)
 def test_bfloat16_inputs(case):
     for form in contract.forms(case):
         checks.check_bfloat16(case, form)
 
 
-@each(WHOLE, fast=SHORTEST)
+@each(KINDS, fast=SHORTEST)
 def test_one_head(case):
     for form in contract.forms(case):
         checks.check_values(case, form, contract.problem(case, 1, 9, heads=1))
 
 
-@each(WHOLE, fast=CHUNKED)
+@each(KINDS, fast=CHUNKED)
 def test_default_chunk(case):
     """One plain document: no masks and no state.
 
@@ -105,19 +111,19 @@ def test_causality(case):
             checks.check_causality(case, form, "gates")
 
 
-@each(WHOLE, fast=SHORTEST)
+@each(KINDS, fast=SHORTEST)
 def test_transformations(case):
     for form in contract.forms(case):
         checks.check_transformations(case, form)
 
 
-@each(WHOLE, fast=SHORTEST)
+@each(KINDS, fast=SHORTEST)
 def test_shared_heads(case):
     for form in contract.forms(case):
         checks.check_shared_heads(case, form)
 
 
-@each(CASES, fast=())
+@each(CASES)
 def test_layout(case):
     checks.check_layout(case)
 
@@ -128,9 +134,9 @@ def test_slope(case):
 
 
 def lengths(case):
-    """All of a cell; one token and the longest of its variants."""
-    every = contract.lengths(case.cell)
-    return every if case in WHOLE else [every[0], every[-1]]
+    """One token, whole chunks of each unit, and what is longer than `LENGTH`."""
+    every = {1, *contract.units(case.cell)} if case in WHOLE else set()
+    return sorted(every | {n for n in contract.lengths(case.cell) if n > LENGTH})
 
 
 @slow
@@ -141,25 +147,34 @@ def test_every_length_and_scenario(case, form, length):
 
 
 @slow
-@each_form(WHOLE, compared, state=lambda case: (False, True))
-def test_every_scenario_without_masks_or_state(case, form, state):
-    length = max(contract.lengths(case.cell))
+@each_form(WHOLE, compared)
+def test_every_scenario_without_masks_and_state(case, form):
     for scenario in contract.scenarios(case):
-        for masks in (False, True)[: 1 if state else 2]:
-            given = contract.problem(case, 3, length, scenario, state=state, masks=masks)
-            checks.check_forms(case, form, given)
+        given = contract.problem(case, 3, LENGTH, scenario, state=False, masks=False)
+        checks.check_forms(case, form, given)
+
+
+@slow
+@each_form(KINDS, compared)
+def test_without_masks_or_state(case, form):
+    for state in (True, False):
+        given = contract.problem(case, 3, LENGTH, state=state, masks=not state)
+        checks.check_forms(case, form, given)
 
 
 @slow
 @each_form(WHOLE, second=contract.forms)
 def test_every_split(case, form, second):
+    """Parts that end in the middle of a chunk and at its end; they come in pairs of the same
+    lengths, which share their compilations."""
     case, length = contract.small(case, 4), 3 * 4 + 5
-    checks.check_split(case, form, second, length, range(1, length, 2))
-    checks.check_decode(case, form, length, 6)
+    checks.check_split(case, form, second, length, (1, 4, 7, 10, 13, 16))
+    if form == second:
+        checks.check_decode(case, form, length, 7)
 
 
 @slow
-@each_form(WHOLE)
+@each_form(KINDS, compared)
 def test_every_law(case, form):
     checks.check_resets(case, form, checks.as_it_is)
     checks.check_unwritten(case, form, checks.as_it_is)
@@ -167,16 +182,20 @@ def test_every_law(case, form):
     checks.check_without_jit(case, form)
     checks.check_bfloat16(case, form, narrow_gates=False)
     checks.check_float64(case, form)
-    if form not in compared(case):
-        checks.check_causality(case, form)
-    for counts in ((1, 2, 4), (1,)):
-        checks.check_shared_heads(case, form, counts)
+    checks.check_shared_heads(case, form, (1,))
 
 
 @slow
-@each_form(WHOLE, compared, scenario=contract.scenarios)
-def test_every_scenario_in_long_chunks(case, form, scenario):
-    for cell in (case.spec.cell(), contract.small(case, 64).cell):
+@each(KINDS)
+def test_scan_alone(case):
+    checks.check_causality(case, "scan")
+    checks.check_without_jit(case, "scan")
+
+
+@slow
+@each_form(WHOLE, compared)
+def test_every_scenario_in_long_chunks(case, form):
+    case = contract.small(case, 64)
+    for scenario in contract.scenarios(case):
         given = contract.problem(case, 4, 197, scenario)
-        case = case._replace(cell=cell)
         checks.check_forms(case, form, given, scenario == "equal", optimised=True)
