@@ -9,8 +9,7 @@ import pytest
 
 import memjax
 from memjax.cells._matrix import MatrixMemory
-from memjax.cells.attention import Attention, SlidingWindow
-from memjax.cells.attention import Inputs as AttentionInputs
+from memjax.cells.attention import Attention
 from memjax.cells.comba import Comba
 from memjax.cells.comba import Inputs as CombaInputs
 from memjax.cells.delta_net import DeltaNet
@@ -27,6 +26,8 @@ from memjax.cells.linear_attention import Inputs as LinearInputs
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import Inputs as DecayInputs
 from memjax.cells.simple_gla import SimpleGLA
+from memjax.cells.sliding_window import Inputs as AttentionInputs
+from memjax.cells.sliding_window import SlidingWindow
 
 # The contract holds the two forms together.
 FORMS = pytest.mark.parametrize("form", [pytest.param("scan", marks=pytest.mark.slow), "chunked"])

@@ -123,7 +123,7 @@ def test_shared_heads(case):
         checks.check_shared_heads(case, form)
 
 
-@each(CASES)
+@each(WHOLE)
 def test_layout(case):
     checks.check_layout(case)
 

@@ -2,8 +2,9 @@
 
 The bound is the contract's: max(1e-5, 3 x the float32 forward pass's own distance from float64).
 Plain tests take one of each kind of state (`EVERY`); the other cells and combinations are marked
-slow, and so are cells inside of other layers (decoding and bits). Splits and padding are the work
-of what the layers share: of the cells, those that differ in what they keep or tell stand for all.
+slow, and so are cells inside of other layers (decoding and bits). Splits, padding, gradients and
+bfloat16 are the work of what the layers share: of the cells, those that differ in what they keep or
+tell stand for all (`DIFFERENT`).
 """
 
 import contract
@@ -169,6 +170,18 @@ def test_initial_state_equals_none(name):
 
 
 @each(*EVERY)
+def test_no_later_token_changes_a_bit(name):
+    tokens = models.text(10)
+    reset, write = models.masks(LENGTH, reset=(6,), unwritten=(2, 8))
+    logits, _ = models.apply(name, tokens, models.fresh(name), reset, write)
+    for t in (1, 4, 7, LENGTH - 1):
+        changed = np.where(np.arange(LENGTH) < t, tokens, (tokens + 1) % VOCAB).astype(np.int32)
+        again, _ = models.apply(name, changed, models.fresh(name), reset, write)
+        assert np.array_equal(again[:, :t], logits[:, :t]), f"{name} sees token {t} or later ones"
+        assert not np.array_equal(again[:, t:], logits[:, t:])
+
+
+@each(*EVERY, every=DIFFERENT)
 def test_causality(name):
     """The gradient of each token's logits with respect to each embedding, tokens all different."""
     shell = LanguageModel(models.config(name, tie=False))
@@ -212,7 +225,7 @@ def test_select_equals_indexing():
     "name",
     [
         *(fast := ("delta_net", "attention")),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in models.FAST if n not in fast),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in DIFFERENT if n not in fast),
     ],
 )
 def test_bfloat16_is_off_by_rounding(name):

@@ -4,9 +4,23 @@ import contract
 import jax
 import numpy as np
 import pytest
-from block_references import Same, T, W, attend, context, initialise, norm, project, tokens
+from block_references import (
+    Same,
+    T,
+    W,
+    attend,
+    context,
+    initialise,
+    norm,
+    project,
+    softmax,
+    tokens,
+)
 from contract import distance
 
+import memjax
+from memjax.blocks.bmojo import Inputs
+from memjax.blocks.mac import Segment
 from memjax.blocks.titans import MAG, MAL
 from memjax.nn.stack import make_mixer
 
@@ -92,6 +106,18 @@ def test_mac_equals_its_equation():
         held, state, _ = ask(np.float32(y), state, np.ones((1, n), bool))
         answers.append(norm(y) * sigmoid(norm(np.float64(held))))
     assert distance(apply(params, x), np.concatenate(answers, axis=1)) <= 5e-6
+
+
+def test_mac_whose_memory_tells_the_token_itself_is_attention_within_segments():
+    """Every key stands there twice, which changes no softmax."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, T, 2, *n)).astype(np.float32) for n in ((1, 8), (8,), (6,)))
+    y, _ = memjax.run(Segment(8, 6, window=W), {}, Inputs(q, k, v, k, v))
+    segment = np.arange(T) // W
+    visible = (AGE >= 0) & (segment[:, None] == segment)
+    scores = np.einsum("bthk,bshk->bhts", np.float64(q[:, :, :, 0]), k) / 8**0.5
+    expected = np.einsum("bhts,bshv->bthv", softmax(scores, visible), np.float64(v))
+    assert distance(y[:, :, :, 0], expected) <= 1e-6
 
 
 def test_mac_needs_a_memory():

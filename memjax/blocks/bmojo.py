@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memjax.cells.attention import HeadsMixer, Line, SlidingWindow, without_sinks
+from memjax.cells.sliding_window import HeadsMixer, Line, SlidingWindow, without_sinks
 from memjax.nn.layers import widen
 from memjax.recurrence import accumulator_dtype, any_of_batch, lags, per_head, promote, select
 from memjax.registry import BlockSpec, register

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.cell import run
-from memjax.cells.attention import SlidingWindowMixer
+from memjax.cells.sliding_window import SlidingWindowMixer
 from memjax.nn.layers import Context, Dense, Norm
 from memjax.nn.mixer import Mixer
 from memjax.recurrence import lags

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.blocks.bmojo import FadingWindow, Inputs
-from memjax.cells.attention import HeadsMixer
+from memjax.cells.sliding_window import HeadsMixer
 from memjax.nn.layers import Context, Norm
 from memjax.recurrence import from_chunks, phase_split, select, to_chunks
 from memjax.registry import BlockSpec, is_cell, register
