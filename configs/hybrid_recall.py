@@ -14,6 +14,7 @@ learn late or not at all.
 
 from memjax import defaults
 from memjax.blocks.hybrid import COMBINE
+from memjax.blocks.mac import WRITTEN
 from memjax.config import UserError, parse_arg
 
 
@@ -23,6 +24,7 @@ def get_config(arg=None):
         mixer="hybrid(sliding_window, gated_delta_net)",
         task=("mqar", ("mqar", "forgetting_mqar")),
         combine=("", ("", *COMBINE)),  # of a hybrid; '' for its default
+        written=("", ("", *WRITTEN)),  # into the memory of mac; '' for its default
         stored=0,  # tokens that bmojo keeps; 0 for 8
         seed=0,
         steps=1500,
@@ -43,11 +45,11 @@ def get_config(arg=None):
     changes = {
         "hybrid": {"combine": arg.combine} if arg.combine else {},
         "sliding_window": {"window": 4},
-        "mac": {"segment": 4},
+        "mac": {"segment": 4} | ({"written": arg.written} if arg.written else {}),
         "bmojo_f": {"window": 2},
         "bmojo": {"window": 2, "top": 2, "stored": arg.stored or 8},
     }
-    for option, name in (("combine", "hybrid"), ("stored", "bmojo")):
+    for option, name in (("combine", "hybrid"), ("written", "mac"), ("stored", "bmojo")):
         if arg[option] and name not in config.model.mixers:
             raise UserError(f"{option}={arg[option]} is an option of {name}; given {arg.mixer}")
     for name, options in changes.items():

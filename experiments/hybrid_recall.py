@@ -37,6 +37,7 @@ MODELS = {
     "bmojo_f": "bmojo_f(gated_delta_net)",
     "bmojo": "bmojo(gated_delta_net)",
     "mac": "mac(titans)",
+    "mac, tokens": "mac(titans),written=tokens",
     "mag": "mag(sliding_window, titans)",
     "mal": "mal(sliding_window, titans)",
 }
@@ -71,7 +72,8 @@ def main():
 def one(given, text, model, task, seed):
     """The row of one run, which is made unless it is there; None when it fails."""
     steps = f",steps={given.steps}" if given.steps else ""
-    name = f"{model.replace(' ', '')}-{task}-{seed}{steps.replace(',steps=', '-')}"
+    words = [*model.split(), task, str(seed), *([str(given.steps)] if given.steps else [])]
+    name = "-".join(words).replace(",", "")
     workdir = sweep.ROOT / "runs" / "hybrid_recall" / name
     config = f"--config=configs/hybrid_recall.py:{text},task={task},seed={seed}{steps}"
     summary = sweep.trained(workdir, config, alone=given.jobs == 1)

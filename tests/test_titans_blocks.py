@@ -20,7 +20,7 @@ from contract import distance
 
 import memjax
 from memjax.blocks.bmojo import Inputs
-from memjax.blocks.mac import Segment
+from memjax.blocks.mac import WRITTEN, Segment
 from memjax.blocks.titans import MAG, MAL
 from memjax.nn.stack import make_mixer
 
@@ -78,10 +78,12 @@ def test_mag_of_a_constant_gate_is_the_window_and_mal_without_a_memory_too():
         assert distance(apply(params, x), expected) <= 1e-6
 
 
-def test_mac_equals_its_equation():
+@pytest.mark.parametrize("written", WRITTEN)
+def test_mac_equals_its_equation(written):
     """Segment by segment: the memory is asked as it stood behind the last one, a token sees what it
-    says of tokens up to its own, and it is written with the attention's answers."""
-    options, x = {"mac": dict(segment=W, persistent=PERSISTENT, heads=2, rotary_base=0.0)}, tokens()
+    says of tokens up to its own, and it is written with the attention's answers or the tokens."""
+    plain, x = dict(segment=W, persistent=PERSISTENT, heads=2, rotary_base=0.0), tokens()
+    options = {"mac": plain | {"written": written}}
     module = make_mixer("mac(delta_net)", options | DELTA, **SHARED)(name="mixer")
     params, apply = initialise(module, x)
     memory = make_mixer("delta_net", options | DELTA, **SHARED)(name="mixer")
@@ -103,7 +105,8 @@ def test_mac_equals_its_equation():
         past = np.tri(n, dtype=bool)
         visible = np.concatenate([past, past], axis=1)
         y = attend(layer, q, *always(layer["memory"], keys, values, visible))
-        held, state, _ = ask(np.float32(y), state, np.ones((1, n), bool))
+        given = np.float32(y) if written == "answers" else part
+        held, state, _ = ask(given, state, np.ones((1, n), bool))
         answers.append(norm(y) * sigmoid(norm(np.float64(held))))
     assert distance(apply(params, x), np.concatenate(answers, axis=1)) <= 5e-6
 
@@ -120,8 +123,11 @@ def test_mac_whose_memory_tells_the_token_itself_is_attention_within_segments():
     assert distance(y[:, :, :, 0], expected) <= 1e-6
 
 
-def test_mac_needs_a_memory():
+def test_mac_refuses_what_is_no_memory_and_unknown_options():
     publishing = "rwkv7", "mixture_of_memories", "memory_caching(rwkv7)"
+    module = make_mixer("mac(delta_net)", {"mac": {"written": "x"}}, **SHARED)(name="mixer")
+    with pytest.raises(ValueError, match="mac: written 'x': allowed are answers, tokens"):
+        initialise(module, tokens())
     for inside in ("base_conv", "bmojo_f(mixture_of_memories)", *publishing):
         module = make_mixer(f"mac({inside})", {}, **SHARED)(name="mixer")
         with pytest.raises(ValueError, match="mac needs a memory cell that publishes nothing"):

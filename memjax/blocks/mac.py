@@ -11,6 +11,9 @@ our choice. So is: h is what the memory's layer answers to a token that is not w
 through the same projections, at the same position, and queries and keys are normed; M(y_i) is read
 when y_i is written; the form of the gate; persistent tokens are learned keys and values.
 
+The attention's answers are at first a mean over the segment, which blurs what the memory is written
+with; `written="tokens"` writes it with x_i and reads M(x_i) (experiments/hybrid_recall).
+
 Segments follow one another, the tokens of one are handled together. Where a batch has documents
 that begin or segments that end inside of a window of C tokens, the window is gone through twice.
 """
@@ -62,11 +65,15 @@ class SegmentMixer(HeadsMixer):
         return Inputs(xs.q, xs.k, xs.v, k, v), kept, new
 
 
+WRITTEN = ("answers", "tokens")
+
+
 class MAC(nn.Module):
     """(x, state, ctx) -> (y, state, ctx); the state has those of the attention and the memory, and
     "base", the memory's in front of the running segment.
 
-    inner: one maker of a memory's mixer. segment: C. persistent: learned keys and values. heads,
+    inner: one maker of a memory's mixer. segment: C. persistent: learned keys and values. written:
+    what the memory goes on with, the attention's "answers" (the paper's) or the "tokens". heads,
     rotary_base: of the attention, as in `HeadsMixer`.
     """
 
@@ -76,11 +83,14 @@ class MAC(nn.Module):
     out_scale: float = 1.0
     segment: int = 64
     persistent: int = 4
+    written: str = "answers"
     heads: int = 4
     rotary_base: float = 1e4
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
+        if self.written not in WRITTEN:
+            raise ValueError(f"mac: written {self.written!r}: allowed are {', '.join(WRITTEN)}")
         if self.segment < 1 or self.persistent < 0 or self.heads < 1 or self.dim % self.heads:
             raise ValueError(
                 f"mac: segment must be at least 1, persistent at least 0, heads a divisor of dim "
@@ -143,18 +153,20 @@ class MAC(nn.Module):
             if x.shape[1] == 1 and write is not None:  # nothing changes that is not written
                 old = state["base"] if reset is None else select(reset[:, 0], fresh, state["base"])
                 base = select(write[:, 0], base, old)
-            m, held, _ = self.memory(y, held, ctx.replace(reset=None))
+            m, held, _ = self.memory(self.given(x, y), held, ctx.replace(reset=None))
             return {"attention": after, "memory": held, "base": base}, self.gated(y, m)
         written = jnp.ones(x.shape[:2], bool) if write is None else write
         phases = jax.vmap(functools.partial(phase_split, self.segment))(place, reset, written)
-        m, border, _ = self.memory(y, held, ctx.replace(reset=None, write=phases.first))
+        first = ctx.replace(reset=None, write=phases.first)
+        m, border, _ = self.memory(self.given(x, y), held, first)
 
         def behind(block, y, after, m, held):
             """The same behind the border."""
             later = block.memory.consult(x, held, ctx)
             both = jnp.where(phases.before[..., None], told, later)
             y, after, _ = block.attend(x, both, near, ctx)
-            late, held, _ = block.memory(y, held, ctx.replace(write=phases.second))
+            second = ctx.replace(write=phases.second)
+            late, held, _ = block.memory(block.given(x, y), held, second)
             return y, after, jnp.where(phases.before[..., None], m, late), held
 
         given = y, after, m, border
@@ -171,6 +183,10 @@ class MAC(nn.Module):
     ):
         """The attention over tokens and what the memory says of them."""
         return self.attention(jnp.concatenate([x, told], axis=-1), near, ctx)
+
+    def given(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the memory goes on with."""
+        return y if self.written == "answers" else x
 
     def gated(self, y: Float[Array, "B T D"], m: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """o of the module's docstring."""
