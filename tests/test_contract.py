@@ -35,9 +35,9 @@ KINDS = list(KINDS.values())
 
 def each(cases, fast=()):
     """One test for each of `fast`, and slow ones for the other cases."""
-    rows = [*fast, *(pytest.param(case, marks=slow) for case in cases if case not in fast)]
-    names = [case.name for case in (*fast, *(case for case in cases if case not in fast))]
-    return pytest.mark.parametrize("case", rows, ids=names)
+    every = [*fast, *(case for case in cases if case not in fast)]
+    rows = [pytest.param(case, id=case.name, marks=() if case in fast else slow) for case in every]
+    return pytest.mark.parametrize("case", rows)
 
 
 def each_form(cases, forms=contract.forms, **axes):
