@@ -7,9 +7,6 @@
 of them fading in B'MOJO, and segments have 4. The first argument is a mixer as it reads;
 task=forgetting_mqar binds every key twice. About two minutes on one CPU core;
 experiments/hybrid_recall has accuracy against distance.
-
-With 64 tokens and 8 keys the memory alone learns the same in 200 steps, and in 1000 the hybrids
-learn late or not at all.
 """
 
 from memjax import defaults

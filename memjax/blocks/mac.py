@@ -11,8 +11,8 @@ our choice. So is: h is what the memory's layer answers to a token that is not w
 through the same projections, at the same position, and queries and keys are normed; M(y_i) is read
 when y_i is written; the form of the gate; persistent tokens are learned keys and values.
 
-The attention's answers are at first a mean over the segment, which blurs what the memory is written
-with; `written="tokens"` writes it with x_i and reads M(x_i) (experiments/hybrid_recall).
+Not the paper's: `written="tokens"` writes the memory with x_i and reads M(x_i), so that the
+attention's answers cannot blur it (compared in experiments/hybrid_recall).
 
 Segments follow one another, the tokens of one are handled together. Where a batch has documents
 that begin or segments that end inside of a window of C tokens, the window is gone through twice.
