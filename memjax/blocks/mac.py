@@ -153,12 +153,12 @@ class MAC(nn.Module):
             if x.shape[1] == 1 and write is not None:  # nothing changes that is not written
                 old = state["base"] if reset is None else select(reset[:, 0], fresh, state["base"])
                 base = select(write[:, 0], base, old)
-            m, held, _ = self.memory(self.given(x, y), held, ctx.replace(reset=None))
+            m, held, _ = self.memory(self.fed(x, y), held, ctx.replace(reset=None))
             return {"attention": after, "memory": held, "base": base}, self.gated(y, m)
         written = jnp.ones(x.shape[:2], bool) if write is None else write
         phases = jax.vmap(functools.partial(phase_split, self.segment))(place, reset, written)
         first = ctx.replace(reset=None, write=phases.first)
-        m, border, _ = self.memory(self.given(x, y), held, first)
+        m, border, _ = self.memory(self.fed(x, y), held, first)
 
         def behind(block, y, after, m, held):
             """The same behind the border."""
@@ -166,7 +166,7 @@ class MAC(nn.Module):
             both = jnp.where(phases.before[..., None], told, later)
             y, after, _ = block.attend(x, both, near, ctx)
             second = ctx.replace(write=phases.second)
-            late, held, _ = block.memory(block.given(x, y), held, second)
+            late, held, _ = block.memory(block.fed(x, y), held, second)
             return y, after, jnp.where(phases.before[..., None], m, late), held
 
         given = y, after, m, border
@@ -184,7 +184,7 @@ class MAC(nn.Module):
         """The attention over tokens and what the memory says of them."""
         return self.attention(jnp.concatenate([x, told], axis=-1), near, ctx)
 
-    def given(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def fed(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What the memory goes on with."""
         return y if self.written == "answers" else x
 
