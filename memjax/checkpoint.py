@@ -189,6 +189,12 @@ class Checkpoints:
 # ---------------------------------------------------------------- reading without a run
 
 
+def exists(workdir: str) -> bool:
+    """Whether a run has a checkpoint."""
+    root = epath.Path(_root(workdir))
+    return root.is_dir() and any(child.name.isdigit() for child in root.iterdir())
+
+
 def read_meta(workdir: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, meta) of a run's checkpoint, by default the latest; no array is read.
 

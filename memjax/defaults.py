@@ -1,5 +1,6 @@
 """The settings that all configs share, as a ConfigDict to change and return."""
 
+import itertools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,7 @@ def config(
     settings.steps = 1000
     settings.batch = 16  # rows a step, over all devices
     settings.accumulate = 1  # pieces that a batch is handled in
+    settings.init_from = ""  # folder of a run whose last parameters a new one starts with
     settings.data = ConfigDict(data)
     settings.model = ConfigDict(
         {
@@ -116,10 +118,11 @@ def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> C
     return ConfigDict(found)
 
 
-def tiny_recall(data: dict[str, Any], mixer: str) -> ConfigDict:
-    """A config for a recall task on a CPU: [BaseConv, mixer], one head of width 64, no MLP, no
-    positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora et al.
-    2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer only.
+def tiny_recall(data: dict[str, Any], *layers: str, vocab: int = 0) -> ConfigDict:
+    """A config for a recall task on a CPU: [BaseConv, a mixer or several], one head of width 64, no
+    MLP, no positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora
+    et al. 2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer
+    only. vocab: that of the data, where it is no setting of the data.
 
     Weights start with the spread 1 / sqrt(width): with 0.02, a large model's, the same runs stay at
     chance for several hundred steps."""
@@ -134,14 +137,14 @@ def tiny_recall(data: dict[str, Any], mixer: str) -> ConfigDict:
     sizes |= {"atlas": {"heads": 2, "key_dim": 16, "degree": 1}}
     sizes |= {"mamba2": {"expand": 1, "state_dim": 64}}
     mixers = {}
-    for name in mixer_names(mixer):
+    for name in itertools.chain.from_iterable(map(mixer_names, layers)):
         known = mixer_options(name)
         mixers[name] = {k: v for k, v in plain.items() if k in known} | sizes.get(name, {})
     settings = config(
         data,
-        layers=((("base_conv", mixer), 1),),
+        layers=((("base_conv", *layers), 1),),
         mixers=mixers,
-        vocab=data["vocab"],
+        vocab=vocab or data["vocab"],
         dim=64,
         mlp=0.0,
         norm="layer",

@@ -56,6 +56,9 @@ def _train(settings, workdir, stopped):
         abstract = run.abstract_state()
         example = run.put(next(run.data.evaluation(1)))
         lowered = run.step.lower(abstract, example)
+    start = None
+    if settings.init_from and not checkpoint.exists(workdir):
+        start = parameters_of(settings.init_from, abstract.params)
     config.claim(workdir, settings, MAY_CHANGE)
     summary = {
         "finished": False,
@@ -74,6 +77,8 @@ def _train(settings, workdir, stopped):
     meta = {"config": settings, "data": run.data.fingerprint}
     restored = saver.restore(abstract, iterator, expect=meta, ignore=MAY_CHANGE)
     step, state, saved = restored if restored else (0, run.init(), {})
+    if start is not None:
+        state = state._replace(params=start)
     if run.data.tokeniser is not None and run.data.tokeniser.model:  # the data is the run's
         config.write_text(os.path.join(workdir, generate.TOKENISER), run.data.tokeniser.model)
     clock = metrics.Clock(**saved.get("clock", {}))
@@ -194,6 +199,14 @@ def check_intervals(settings: Any) -> None:
         value = settings[section][field]
         if value < low:
             raise config.UserError(f"config.{name}={value}: must be at least {low}{zero}")
+
+
+def parameters_of(folder: str, abstract_params: Any) -> Any:
+    """The last parameters of another run, placed as `abstract_params` says."""
+    try:
+        return checkpoint.restore_params(folder, abstract_params)[1]
+    except config.UserError as error:
+        raise config.UserError(f"config.init_from={folder!r}: {error}") from None
 
 
 def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:

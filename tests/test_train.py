@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 import tiny_runs as runs
 
 import memjax
-from memjax import config, metrics, train, train_step
+from memjax import checkpoint, config, metrics, train, train_step
 from memjax.data import tokens
 
 # What the first step of training reports, and the loss of the second. To 1e-4: a change of the
@@ -300,6 +301,22 @@ def test_a_finished_run_given_again_changes_no_result(workdir):
         settings.log.every = 5  # how a run is logged may change
     assert train.train(settings, workdir)["finished"] is True
     assert (runs.records(workdir), runs.summary(workdir)) == before
+
+
+def test_a_run_starts_with_the_parameters_of_another(tmp_path, workdir):
+    source, other = shutil.copytree(workdir, tmp_path / "source"), str(tmp_path / "other")
+    changes = {"steps": 1, "optim.warmup": 0, "optim.lr": 1e-20, "seed": 1}
+    for wrong, given in (("holds no checkpoint", tmp_path), ("different shapes", source)):
+        settings = text(tmp_path, **changes, **{"init_from": str(given), "model.dim": 8})
+        with pytest.raises(config.UserError, match=f"(?s)config.init_from='{given}'.*{wrong}"):
+            train.train(settings, other)
+        assert not os.path.exists(other)
+    settings = text(tmp_path, **changes, init_from=str(source))
+    train.train(settings, other)
+    wanted, found = (checkpoint.restore_params(str(path))[1] for path in (source, other))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-15), found, wanted)
+    shutil.rmtree(source)  # the run goes on without it
+    assert train.train(settings, other)["finished"]
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 6), (signal.SIGINT, 0)])
