@@ -49,7 +49,7 @@ PRODUCT = {
     f"product-{cell}": ((("base_conv",), 1), ((f"hybrid(sliding_window, {cell})",), 2))
     for cell in INSIDE
 }
-ALL = {**FAST, **PRODUCT}
+ALL = {**FAST, **PRODUCT, "mac_tokens": COMBINED["mac"]}
 
 
 class Wide(ModelConfig):
@@ -84,6 +84,8 @@ def config(name: str, **changes) -> ModelConfig:
     combine = {"hybrid": {"combine": name}} if name in COMBINE else {}
     if name == "window_exit":
         combine["sliding_window"] = {"window": 2, "sinks": 1}
+    if name == "mac_tokens":
+        combine["mac"] = {"written": "tokens"}
     settings = dict(layers=ALL[name], vocab=VOCAB, dim=16, mlp=1.0, std=0.3)
     settings |= {"channel": name} if name.endswith("_channel") else {}
     settings["mixers"] = options(settings["layers"], combine)

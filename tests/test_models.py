@@ -27,7 +27,9 @@ BORDER = 5  # where the plain tests split; the parts are alike and share their c
 # and an earlier layer's values, matrices alone, frozen chunks.
 EVERY = ("scanned", "attention")
 KINDS = (*EVERY, "rwkv7_channel", "mamba2", "omega_net")
-DIFFERENT = {name: models.ALL[name] for name in (*models.COMBINED, *models.INSIDE, "attention")}
+DIFFERENT = {
+    name: models.ALL[name] for name in (*models.COMBINED, "mac_tokens", *models.INSIDE, "attention")
+}
 
 
 def each(*names, every=models.FAST):
