@@ -1,13 +1,14 @@
 """Text and passkeys far beyond the length of training: which memories hold on?
 
-    python experiments/length.py
+    python experiments/length.py --jobs=2
 
-Trains four models of two layers on rows of 512 bytes, each on the standard library's sources and on
-passkeys (configs/passkey.py), and evaluates them on rows of up to 32k. Runs that are finished and
-rows of results.jsonl are kept. Results, table and picture are in experiments/length.
+Trains five models on rows of 512 bytes, each on the standard library's sources and on passkeys
+(configs/passkey.py), and evaluates them on rows of up to 32k. Runs that are finished and rows of
+results.jsonl are kept. Results, table and picture are in experiments/length.
 """
 
 import argparse
+import concurrent.futures
 import pathlib
 
 import jax
@@ -25,9 +26,11 @@ HYBRID = "hybrid(sliding_window, gated_delta_net)"
 MODELS = {
     "window": ("sliding_window", None),
     "memory": ("gated_delta_net", None),
+    "in turn": ("gated_delta_net+sliding_window", None),
     "hybrid, gate": (HYBRID, "gate"),
     "hybrid, window_exit": (HYBRID, "window_exit"),
 }
+SHORT = 180  # bytes of the rows on which passkeys are learned first
 NAMED = ("task", "model", "seed", "steps", "length")
 KEPT = (
     "bits_per_byte", "by_context", "query_accuracy", "sequence_accuracy", "by_depth",
@@ -36,22 +39,31 @@ KEPT = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument(
+        "--steps", type=int, default=1200, help="on text; of passkeys as many parts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lengths", default="512,2048,8192,32768")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each if > 1")
     given = parser.parse_args()
     lengths = [int(length) for length in given.lengths.split(",")]
     logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     jax.config.update("jax_compilation_cache_dir", str(sweep.ROOT / "runs" / "compiled"))
     rows = {key(row): row for row in sweep.read(TASK)}
-    for task in ("text", "passkey"):
-        for name in MODELS:
-            workdir = train(task, name, given.seed, given.steps)
-            for length in lengths if workdir else ():
-                named = dict(zip(NAMED, (task, name, given.seed, given.steps, length), strict=True))
-                if key(named) not in rows:
-                    rows[key(named)] = named | measure(workdir, task, length)
-                    sweep.write(TASK, rows.values())
+
+    def one(run):
+        task, name = run
+        workdir = (text if task == "text" else passkey)(name, given)
+        for length in lengths if workdir else ():
+            named = dict(zip(NAMED, (task, name, given.seed, given.steps, length), strict=True))
+            if key(named) not in rows:
+                yield named | measure(workdir, task, length)
+
+    runs = [(task, name) for task in ("passkey", "text") for name in MODELS]
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+        for found in pool.map(lambda run: list(one(run)), runs):
+            rows |= {key(row): row for row in found}
+            sweep.write(TASK, rows.values())
     shown = {k: row for k, row in rows.items() if k[2:4] == (given.seed, given.steps)}
     shown = {(row["task"], row["model"], row["length"]): row for row in shown.values()}
     sweep.write_table(TASK, *table(shown, lengths))
@@ -62,19 +74,40 @@ def key(row):
     return tuple(row[name] for name in NAMED)
 
 
-def train(task, name, seed, steps):
-    """The folder of a run, which is made unless it is there; None when it fails."""
+def text(name, given):
+    """The folder of a run on text, which is made unless it is there; None when it fails."""
     mixer, combine = MODELS[name]
-    settings = [f"--config=configs/{task}.py:{mixer},layers=2,dim=128,steps={steps},seed={seed}"]
+    layers = 2 // len(mixer.split("+"))
+    settings = [f"--config=configs/text.py:{mixer},layers={layers},dim=128,steps={given.steps}"]
     settings += ["--config.batch=4", "--config.optim.lr=3e-3", "--config.eval.sample=0"]
-    settings += [f"--config.optim.warmup={min(100, steps)}"]
+    settings += ["--config.data.holdout=0.01", f"--config.optim.warmup={min(100, given.steps)}"]
     if "sliding_window" in mixer:
         settings.append("--config.model.mixers.sliding_window.window=64")
+    return trained("text", name, given, combine, settings)
+
+
+def passkey(name, given):
+    """The same on passkeys, learned on short rows first."""
+    mixer, combine = MODELS[name]
+    steps = {SHORT: given.steps * 2 // 3, 512: given.steps // 2}
+    workdir, changes = None, []
+    for length, count in steps.items():
+        settings = [f"--config=configs/passkey.py:{mixer},length={length},steps={count}", *changes]
+        settings += [f"--config.optim.warmup={min(100, count)}"]
+        workdir = trained(f"passkey-{length}", name, given, combine, settings)
+        if workdir is None:
+            return None
+        changes = [f"--config.init_from={workdir}", "--config.batch=16", "--config.optim.lr=5e-3"]
+    return workdir
+
+
+def trained(task, name, given, combine, settings):
+    words = (task, name.replace(",", "").replace(" ", "-"), given.seed, given.steps)
+    workdir = sweep.ROOT / "runs" / TASK / "-".join(map(str, words))
+    settings = [*settings, f"--config.seed={given.seed}"]
     if combine:
         settings.append(f"--config.model.mixers.hybrid.combine={combine}")
-    folder = f"{task}-{name.replace(', ', '-')}-{seed}-{steps}"
-    workdir = sweep.ROOT / "runs" / TASK / folder
-    return workdir if sweep.trained(workdir, *settings) else None
+    return workdir if sweep.trained(workdir, *settings, alone=given.jobs == 1) else None
 
 
 def measure(workdir: pathlib.Path, task, length):
@@ -114,12 +147,12 @@ def draw(rows, lengths, path):
         points = [(row["from"], row["bits_per_byte"]) for row in octaves]
         by_context.plot(*zip(*points, strict=True) if points else ((), ()), **style)
         passkey.plot(*line(rows, "passkey", name, lengths, "sequence_accuracy"), **style)
-        style |= dict(linestyle=":", label=f"{name}: digits")
+        style |= dict(linestyle=":", label=None)
         passkey.plot(*line(rows, "passkey", name, lengths, "query_accuracy"), **style)
     labels = (
         ("bytes of a row", "bits per byte of all held-out text"),
         (f"bytes of the file seen, rows of {lengths[-1]}", "bits per byte"),
-        ("bytes of a row", "passkeys right, whole numbers and digits"),
+        ("bytes of a row", "whole passkeys right; dotted: digits"),
     )
     for ax, (x, y) in zip(axes, labels, strict=True):
         ax.set(xlabel=x, ylabel=y)
@@ -127,8 +160,7 @@ def draw(rows, lengths, path):
         ax.grid(alpha=0.25)
     passkey.set_ylim(-0.02, 1.02)
     by_context.axvline(512, color="0.5", linestyle="--", linewidth=1)  # the rows of training
-    passkey.legend(fontsize=7)
-    by_length.legend(fontsize=8)
+    by_context.legend(fontsize=8)
     figure.savefig(path)
 
 
