@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment first; that takes under a second when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-fast test-slow test-optional test-floor lint benchmark constraints \
+.PHONY: help quickstart test test-all test-fast test-slow test-kernels test-optional test-floor lint benchmark constraints \
         environment clean
 
 PYTHON := .venv/bin/python
@@ -17,13 +17,17 @@ quickstart: environment ## train a small hybrid model on the standard library's 
 
 test: lint test-fast ## lint and the fast tests; ARGS="-k name" is passed to pytest
 
-test-all: test test-slow test-optional ## everything: the full product of cells, forms and wrappers too
+test-all: test test-slow test-kernels test-optional ## everything: the full product of cells, forms and wrappers too
 
 test-fast: environment
 	$(CPU) $(PYTHON) $(PYTEST) -m "not slow"
 
 test-slow: environment # pytest says 5 when no test is marked slow
-	$(CPU) $(PYTHON) $(PYTEST) -m slow || test $$? -eq 5
+	$(CPU) $(PYTHON) $(PYTEST) -m slow --ignore tests/kernels || test $$? -eq 5
+
+test-kernels: environment ## all tests of pallas_kernels/; it installs libtpu, which compiles for TPUs
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[tpu]'
+	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
 
 test-optional: environment ## the tests that need optional packages, which it installs
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[tfds,logging]'
@@ -43,7 +47,7 @@ benchmark: environment ## speed and peak memory of the cells' forms
 constraints: ## look up the newest versions again (needs uv and a network)
 	{ echo '# The versions that memjax is tested with. Written by "make constraints".'; \
 	  uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
-	    --extra dev --extra logging --extra notebooks --extra tfds pyproject.toml; \
+	    --extra dev --extra logging --extra notebooks --extra tfds --extra tpu pyproject.toml; \
 	} >constraints.new && mv constraints.new constraints.txt
 
 environment:

@@ -76,7 +76,7 @@ class Layer:
 
 # A module belongs to the longest name that is the start of its own. A name without an entry fails.
 LAYERS = {
-    "pallas_kernels": Layer(packages=("jax",)),
+    "pallas_kernels": Layer(packages=("jax", "numpy")),
     "memjax.typing": Layer(packages=JAX),
     "memjax.registry": Layer(ours=CORE, packages=JAX),
     "memjax.recurrence": Layer(ours=CORE, packages=JAX),

@@ -33,6 +33,7 @@ from memjax.recurrence import (
     accumulator_dtype,
     dot,
     from_chunks,
+    memories,
     per_head,
     power_of_two_at_least,
     promote,
@@ -96,9 +97,14 @@ class MatrixMemory(MemoryCell):
         """Inputs, with any axes in front, in the family's letters."""
         return Terms(**xs._asdict())
 
+    @property
+    def factor(self) -> float:
+        """The scale of the read-out."""
+        return self.key_dim**-0.5 if self.scale is None else self.scale
+
     def answer(self, y: Float[Array, "... V"]) -> Float[Array, "... V"]:
         """What S^T q becomes: scale S^T q."""
-        return (self.key_dim**-0.5 if self.scale is None else self.scale) * y
+        return self.factor * y
 
     def read(self, params: PyTree, state: Float[Array, "K V"], x: PyTree) -> Float[Array, " V"]:
         """The answer to S^T q."""
@@ -111,6 +117,32 @@ class MatrixMemory(MemoryCell):
         state = self.fresh(params, dtype) if state is None else state
         y, new = self.chunks(state, self.terms(promote(xs, dtype)), reset, write)
         return self.answer(y).astype(xs.q.dtype), new
+
+    def pallas(self, params, state, xs, reset, write):
+        """The kernels of `pallas_kernels`, for linear attention, delta rules and their forms with
+        a decay."""
+        from pallas_kernels import chunk_delta, chunk_linear
+
+        q, k, v, g, beta, *others = self.terms(xs)
+        if not self.linear or k.ndim != q.ndim or any(x is not None for x in others):
+            return super().pallas(params, state, xs, reset, write)
+        heads = memories(params, state, xs)
+
+        def repeated(leaf, count=heads):
+            return jnp.repeat(leaf, count // leaf.shape[2], axis=2)
+
+        v, g, beta = jax.tree.map(repeated, (v, g, beta))
+        if write is not None and write.ndim == 2:
+            write = write[..., None]
+        count = max(leaf.shape[2] for leaf in (q, k, write) if leaf is not None)
+        q, k = (repeated(leaf, count) for leaf in (q, k))
+        if write is not None:  # a token without a key and a decay changes nothing
+            k = jnp.where(repeated(write, count)[..., None], k, 0)
+            g = None if g is None else jnp.where(repeated(write), g, 0)
+        given = dict(g=g, initial_state=state, reset=reset, scale=self.factor)
+        if beta is None:
+            return chunk_linear(q, k, v, **given)
+        return chunk_delta(q, k, v, beta, **given)
 
     def chunks(self, state, terms, reset, write):
         """S^T q for the terms of every token [T, V], and the final state."""

@@ -92,9 +92,13 @@ class LinearAttention(MatrixMemory):
             v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         return Terms(phi(xs.q), phi(xs.k), v)
 
+    @property
+    def factor(self):
+        return 1.0 if self.feature_map == "taylor" and self.scale is None else super().factor
+
     def answer(self, y):
         if not self.normalise:
-            return y if self.feature_map == "taylor" and self.scale is None else super().answer(y)
+            return super().answer(y)
         return y[..., :-1] / (y[..., -1:] + 1e-10)
 
 

@@ -1,0 +1,87 @@
+"""The delta rule by a kernel: checks, padding, and the choice of blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import common
+from pallas_kernels.chunk_delta import tpu, tpu_vjp
+
+NAME = "chunk_delta"
+LEAST = 2.0**-100  # of beta, by which its gradient divides what was written
+
+
+def chunk_delta(
+    q, k, v, beta, *, g=None, initial_state=None, reset=None, scale=None, chunk=None, platform=None
+):
+    """P_t = exp(g_t) S_{t-1}, S_t = P_t + beta_t k_t (v_t - P_t^T k_t)^T, o_t = scale S_t^T q_t.
+
+    DeltaNet (Schlag et al. 2021, arXiv 2102.11174; in chunks: Yang et al. 2024, arXiv 2406.06484);
+    with a decay for each head Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, Eq. 10).
+
+    Args:
+      q, k: [B, T, h, K], h dividing H; head i of H takes head i h // H. K 64, 128 or 256. A
+        contraction for unit-norm keys.
+      v: [B, T, H, V], V 64, 128 or 256. All three float32 or all bfloat16; K = V = 256 only in
+        bfloat16.
+      beta: [B, T, H], 0 to 2, taken as float32; what is below 2^-100 is 2^-100.
+      g: [B, T, H], log decay <= 0, taken as float32; None for no decay.
+      initial_state: [B, H, K, V], finite; None for zero.
+      reset: bool [B, T], True where the state is emptied before the token is written.
+      scale: a Python number; None for K ** -0.5.
+      chunk: tokens in a chunk, 16, 32, 64 or 128; None chooses. Changes speed only.
+      platform: "tpu"; None for the default backend.
+
+    Returns:
+      o [B, T, H, V] in the dtype of v, and the last state, float32 [B, H, K, V]. Both, and the
+      gradients, are those of `reference.sequential`, exact to float32 for float32. Under
+      `jax.checkpoint` the names "memory_out" (what is returned) and "memory_state" (what the
+      backward pass needs) can be saved, so that the forward kernel runs once. There is no
+      forward-mode derivative.
+
+    Raises:
+      NotImplementedError: no kernel serves this platform, dtype, shape or chunk.
+      ValueError: shapes that do not fit together.
+    """
+    sizes = dict(width=q.shape[-1], size=v.shape[-1], like=v)
+    size_of = functools.partial(common.vmem, **sizes, states=28, pairs=22)
+    call = common.call(
+        NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of, beta=beta
+    )
+    beta = common.padded(beta.astype(jnp.float32), call.static.chunk)
+    o, state = _op(call.static, *call.arrays[:3], beta, *call.arrays[3:])
+    return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")
+
+
+def _columns(beta, static):
+    return common.by_chunk(jnp.maximum(beta, LEAST), static)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _op(static, q, k, v, beta, g, reset, initial):
+    return _forward(static, q, k, v, beta, g, reset, initial, keep=False)[:2]
+
+
+def _forward(static, q, k, v, beta, g, reset, initial, keep):
+    sums, columns = common.log_decay_sums(g, reset, static), _columns(beta, static)
+    return tpu.forward(q, k, v, columns, sums, initial, keep=keep, **static._asdict())
+
+
+def _op_forward(static, q, k, v, beta, g, reset, initial):
+    o, final, *kept = _forward(static, q, k, v, beta, g, reset, initial, keep=True)
+    kept = [checkpoint_name(a, "memory_state") for a in kept]
+    return (o, final), (q, k, v, beta, g, reset, kept)
+
+
+def _op_backward(static, saved, cotangents):
+    q, k, v, beta, g, reset, kept = saved
+    sums, columns = common.log_decay_sums(g, reset, static), _columns(beta, static)
+    dq, dk, dv, dbeta, dg, dinitial = tpu_vjp.backward(
+        q, k, v, columns, sums, kept, *cotangents, **static._asdict()
+    )
+    return dq, dk, dv, common.by_token(dbeta), common.clipped(dg, g), None, dinitial
+
+
+_op.defvjp(_op_forward, _op_backward)

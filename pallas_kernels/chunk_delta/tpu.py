@@ -1,0 +1,135 @@
+"""The delta rule on TPU, forward: one walk over chunks of C tokens, state on the chip.
+
+    (I + L) R = beta (V - (K e^G) S),  L_ij = beta_i e^{G_i - G_j} k_i . k_j, j < i
+    O = scale ((Q e^G) S + (e^{G_i - G_j} . Q K^T, j <= i) R)
+    S <- e^{G_C} S + (K e^{G_C - G})^T R
+
+S [K, V] is the state in front of the chunk, float32, G the sum of the log decays since the chunk's
+start (0 without decay), R [C, V] what is written at the tokens' keys. (I + L)^-1 is made by
+doubling blocks (`common.unit_lower_inverses`), of all heads together. One grid step is a chunk of a
+group of heads, read as it lies in [B, T, H, D] and turned to [heads, C, D] on the chip. Bytes a
+token and head: those of q, k, v and o, 4 for beta, 16 for the decay and, when gradients follow,
+4 K V / C + 4 C of the state in front of each chunk and the inverse. float32 or bfloat16; products
+of float32 are exact to float32. With bfloat16 float32 factors are rounded only where no terms
+cancel: between alike keys R holds differences of values and S sums of them (`common.dot_in_parts`).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.common import (
+    Blocks,
+    decays,
+    dot,
+    dot_in_parts,
+    lower,
+    parts,
+    places,
+    times,
+    turned,
+    unit_lower_inverses,
+)
+
+
+def strictly_lower(x):
+    """x [C, C] below its diagonal."""
+    i, j = places(x.shape[0])
+    return jnp.where(i > j, x, 0)
+
+
+def on_keys(q, k):
+    """q k^T and k k^T."""
+    return halves(dot(jnp.concatenate([q, k]), k, 1, 1))
+
+
+def halves(x):
+    """The upper and the lower half of the rows."""
+    middle = x.shape[0] // 2
+    return x[:middle], x[middle:]
+
+
+def kernel(*refs, gated, keep, scale):
+    """q, k [C, h, K]; v, o [C, h, V]; beta [C, h]; columns [C, 2h], rows [2h, C] if gated; initial,
+    final and, with keep, bounds [h, K, V] and inverses [h, C, C]. The block of the final state
+    carries S along the walk."""
+    q_ref, k_ref, v_ref, beta_ref, *others = refs
+    sums_refs, (initial_ref, o_ref, state_ref, *kept) = others[: 2 * gated], others[2 * gated :]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state_ref[...] = initial_ref[...]
+
+    heads, dtype = q_ref.shape[1], q_ref.dtype
+    queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
+    split = partial(parts, like=dtype)
+    beta = beta_ref[...]
+    sums = [ref[...] for ref in sums_refs]
+    decayed, scored, lowers = [], [], []
+    for head in range(heads):
+        decay = decays(sums, head, heads)
+        scores, alike = on_keys(queries[head], keys[head])
+        decayed.append(decay)
+        scored.append(lower(scores, decay.pairs))
+        lowers.append(strictly_lower(beta[:, head : head + 1] * times(alike, decay.pairs)))
+    inverses = unit_lower_inverses(lowers, dtype)
+    outputs = []
+    for head in range(heads):
+        q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
+        decay, inverse = decayed[head], inverses[head]
+        if keep:
+            kept[0][head], kept[1][head] = state, inverse
+        read = dot_in_parts((jnp.concatenate([q, k]),), split(state), 1, 0)
+        asked, known = (times(x, decay.since_start) for x in halves(read))
+        rows = dot_in_parts(split(inverse), split(beta[:, head : head + 1] * (v - known)), 1, 0)
+        rows = split(rows)
+        answer = asked + dot_in_parts(split(scored[head]), rows, 1, 0)
+        outputs.append((scale * answer).astype(dtype))
+        written = split(times(k, decay.to_end))
+        state_ref[head] = times(state, decay.through) + dot_in_parts(written, rows, 0, 0)
+    o_ref[...] = turned(jnp.stack(outputs))
+
+
+def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpret):
+    """(o, final state[, states in front of the chunks [B, N, H, K, V], inverses [B, N, H, C, C],
+    both float32]).
+
+    T must be a multiple of chunk and H of heads. beta: columns [B, G, N, C, heads]. sums:
+    `log_decay_sums`'.
+    """
+    batch, length, count, width = q.shape
+    size = v.shape[-1]
+    chunks = length // chunk
+    blocks = Blocks(chunk, heads, chunks)
+    shape = jax.ShapeDtypeStruct
+    kept = [
+        (blocks.bounds(*axes), shape((batch, chunks, count, *axes), jnp.float32))
+        for axes in ((width, size), (chunk, chunk))
+    ]
+    return pl.pallas_call(
+        partial(kernel, gated=bool(sums), keep=keep, scale=scale),
+        grid=(batch, count // heads, chunks),
+        in_specs=[
+            *(blocks.tokens(n) for n in (width, width, size)),
+            blocks.columns(1),
+            *((blocks.columns(), blocks.rows()) if sums else ()),
+            blocks.state(width, size),
+        ],
+        out_specs=[
+            *(blocks.tokens(size), blocks.state(width, size)),
+            *(block for block, _ in kept if keep),
+        ],
+        out_shape=[
+            shape(v.shape, v.dtype),
+            shape(initial.shape, jnp.float32),
+            *(array for _, array in kept if keep),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        name="chunk_delta_forward",
+        interpret=interpret,
+    )(q, k, v, beta, *sums, initial)

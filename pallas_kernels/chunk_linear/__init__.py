@@ -1,0 +1,1 @@
+"""Decayed linear attention: reference.py defines it, api.py is what others call."""

@@ -1,0 +1,417 @@
+"""What the kernels share: products with a stated precision, decays, blocks."""
+
+import contextlib
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
+_RESET = 2.0**14  # subtracted from the log decay of a document's first token
+
+
+# ---------------------------------------------------------------- where a kernel runs
+
+_interpreted: list = []
+
+
+@contextlib.contextmanager
+def interpreted(platform: str = "tpu", how=True):
+    """Within it kernels for a platform run on the machine at hand, slowly, for tests.
+
+    how: the `interpret` of `pallas_call`: True, or `pltpu.InterpretParams`. Functions that were
+    traced before are not traced again by `jax.jit`.
+    """
+    _interpreted.append((how, platform))
+    try:
+        yield
+    finally:
+        _interpreted.pop()
+
+
+def target(platform: str | None):
+    """(how to interpret or False, platform); of the default backend when none is given."""
+    if _interpreted and platform in (None, _interpreted[-1][1]):
+        return _interpreted[-1]
+    return False, platform or jax.default_backend()
+
+
+def padded(tree, chunk: int):
+    """Leaves [B, T, ...] with zeros behind them up to a multiple of chunk tokens."""
+
+    def pad(leaf):
+        more = -leaf.shape[1] % chunk
+        return jnp.pad(leaf, [(0, 0), (0, more)] + [(0, 0)] * (leaf.ndim - 2)) if more else leaf
+
+    return jax.tree.map(pad, tree)
+
+
+# ---------------------------------------------------------------- what a kernel serves
+
+CHUNKS = (128, 64, 32, 16)
+WIDTHS = (64, 128, 256)
+VMEM = 15.5 * 2**20  # bytes that a kernel may take: the smallest chip has 16 MiB
+
+
+class Block(NamedTuple):
+    """What one grid step takes: tokens and heads."""
+
+    chunk: int
+    heads: int
+
+
+class Static(NamedTuple):
+    """What a kernel is compiled for. interpret: that of `pallas_call`."""
+
+    scale: float
+    chunk: int
+    heads: int
+    interpret: Any
+
+
+class Call(NamedTuple):
+    """static; arrays: q, k, v, g, reset, initial_state, padded to whole chunks."""
+
+    static: Static
+    arrays: tuple
+
+
+def call(
+    name: str, q, k, v, g, initial_state, reset, scale, chunk, platform, *, size_of, beta=None
+) -> Call:
+    """What an op hands to its kernel; NotImplementedError when that does not serve."""
+    check_shapes(name, q, k, v, beta, g, initial_state, reset)
+    interpret, platform = target(platform)
+    if platform != "tpu":
+        raise NotImplementedError(f"{name} has a kernel for tpu, none for {platform}")
+    block = plan(name, q, k, v, g, chunk, size_of)
+    batch, _, heads, size = v.shape
+    width = q.shape[-1]
+    q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, width, size))
+    if g is None and reset is not None:
+        g = jnp.zeros(v.shape[:3])
+    g, initial_state = jax.tree.map(lambda a: a.astype(jnp.float32), (g, initial_state))
+    static = Static(float(width**-0.5 if scale is None else scale), *block, interpret)
+    # A token of zeros changes nothing.
+    return Call(static, (*padded((q, k, v, g, reset), block.chunk), initial_state))
+
+
+def check_shapes(name: str, q, k, v, beta, g, initial_state, reset) -> None:
+    """ValueError for shapes that do not fit together."""
+    if v.ndim != 4 or q.ndim != 4:
+        raise ValueError(f"{name}: q, k, v must be [B, T, h, D]; given {q.shape}, {v.shape}")
+    batch, length, heads, size = v.shape
+    fewer, width = q.shape[2:]
+    wanted = {
+        "q": (q, (batch, length, fewer, width)),
+        "k": (k, (batch, length, fewer, width)),
+        "reset": (reset, (batch, length)),
+        "initial_state": (initial_state, (batch, heads, width, size)),
+        "beta": (beta, (batch, length, heads)),
+        "g": (g, (batch, length, heads)),
+    }
+    for leaf, (array, shape) in wanted.items():
+        by_channel = leaf == "g" and array is not None and array.shape == (*shape, width)
+        if array is not None and array.shape != shape and not by_channel:
+            raise ValueError(f"{name}: {leaf} must be {list(shape)}; given {list(array.shape)}")
+    if length == 0:
+        raise ValueError(f"{name}: the sequence is empty (T = 0); give at least one token")
+    if heads % fewer:
+        raise ValueError(f"{name}: {fewer} heads of q and k do not divide the {heads} of v")
+
+
+def vmem(tokens: int, heads: int, width: int, size: int, like, *, states: int, pairs: int) -> int:
+    """Bytes of VMEM of a backward kernel, about what is compiled for v4, which needs most.
+
+    7 arrays of tokens, each in two buffers and turned once (float32 ones twice); `states` bytes for
+    each number of the heads' states, and `pairs` arrays [C, C] of each head that leave the
+    registers.
+    """
+    width, size = max(width, 128), max(size, 128)  # lanes
+    copies = 4 if like.dtype == jnp.float32 else 3
+    rows = tokens * (heads + -heads % 8)
+    of_tokens = copies * rows * (4 * width + 3 * size) * like.dtype.itemsize
+    return of_tokens + heads * (states * width * size + pairs * tokens**2 * 4)
+
+
+def plan(name: str, q, k, v, g, chunk, size_of) -> Block:
+    """The largest block that fits; NotImplementedError when the kernel does not serve.
+
+    size_of: (tokens, heads) -> bytes of VMEM.
+    """
+    length, count, size = v.shape[1:]
+    width = q.shape[-1]
+    if g is not None and g.ndim == 4:
+        raise NotImplementedError(f"{name} has no kernel for a decay of each channel yet")
+    if not q.dtype == k.dtype == v.dtype or v.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(
+            f"{name} takes q, k, v all float32 or all bfloat16; given {q.dtype}, {k.dtype}, "
+            f"{v.dtype}"
+        )
+    if {width, size} - set(WIDTHS):
+        raise NotImplementedError(
+            f"{name} takes head dimensions of {WIDTHS}; given K = {width}, V = {size}"
+        )
+    if chunk is not None and chunk not in CHUNKS:
+        raise NotImplementedError(f"{name} takes chunks of {CHUNKS}; given {chunk}")
+    heads = 8 if count % 8 == 0 else count
+    longest = chunk or max(CHUNKS[-1], 1 << (length - 1).bit_length())
+    for tokens in (chunk,) if chunk else CHUNKS:
+        if tokens <= longest and size_of(tokens, heads) <= VMEM:
+            return Block(tokens, heads)
+    raise NotImplementedError(
+        f"{name} does not fit the memory of a TPU core: {heads} heads of {width} x {size} "
+        f"{v.dtype} at once" + (f" in chunks of {chunk}" if chunk else "") + "; use bfloat16, "
+        "smaller heads, or a number of them that 8 divides"
+    )
+
+
+# ---------------------------------------------------------------- products
+
+
+def dot(a, b, of_a: int, of_b: int):
+    """a [m, n] times b, contracted over axis `of_a` of a and `of_b` of b; float32 sums."""
+    exact = a.dtype == b.dtype == jnp.float32
+    return lax.dot_general(
+        a,
+        b,
+        (((of_a,), (of_b,)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def turned(x):
+    """[C, heads, D] <-> [heads, C, D]."""
+    return jnp.swapaxes(x, 0, 1)
+
+
+# ---------------------------------------------------------------- decays
+
+
+def log_decay_sums(g, reset, static: Static):
+    """Sums of log decays since the start of each token's chunk, as columns [B, G, N, C, 2 heads]
+    and as rows [B, G, N, 2 heads, C] of G groups of heads.
+
+    g: [B, T, H] float32; None gives (). reset: bool [B, T] or None; it acts as a decay to nothing.
+
+    A sum has two numbers, of whole parts and of the rest, heads of the first before heads of the
+    second: whole numbers add without error, so that the difference of two sums is as exact after a
+    strong decay, or a reset, as elsewhere.
+    """
+    if g is None:
+        return ()
+    _, chunk, heads, _ = static
+    batch, length, count = g.shape
+    g = jnp.maximum(g, LOWEST)
+    whole = jnp.round(g)
+    both = jnp.stack([whole - (0 if reset is None else _RESET * reset[..., None]), g - whole])
+    both = both.reshape(2, batch, length // chunk, chunk, count // heads, heads)
+    last = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
+    sums = [
+        jnp.einsum(f"ij,pbnjgh->bgn{axes}", last, both, precision=lax.Precision.HIGHEST)
+        for axes in ("iph", "phi")
+    ]
+    shape = (batch, count // heads, length // chunk)
+    return sums[0].reshape(*shape, chunk, 2 * heads), sums[1].reshape(*shape, 2 * heads, chunk)
+
+
+def clipped(dg, g):
+    """The gradient of g from its columns, none where it is below LOWEST."""
+    return None if g is None else jnp.where(g < LOWEST, 0, by_token(dg))
+
+
+def by_chunk(x, static: Static):
+    """[B, T, H] -> columns [B, G, N, C, heads]."""
+    batch, length, count = x.shape
+    split = x.reshape(batch, -1, static.chunk, count // static.heads, static.heads)
+    return jnp.moveaxis(split, 3, 1)
+
+
+def by_token(columns):
+    """[B, G, N, C, heads] -> [B, T, H]."""
+    batch, groups, chunks, chunk, heads = columns.shape
+    return jnp.moveaxis(columns, 1, 3).reshape(batch, chunks * chunk, groups * heads)
+
+
+class Decays(NamedTuple):
+    """Of one head in one chunk, None where there is no decay. pairs [C, C], zero where j > i;
+    since_start, to_end [C, 1]; through [1, 1]."""
+
+    pairs: Any = None
+    since_start: Any = None
+    to_end: Any = None
+    through: Any = None
+
+
+def decays(sums, head: int, heads: int) -> Decays:
+    """From the sums of a chunk: columns [C, 2 heads] and rows [2 heads, C], or (). Masked before
+    exp; all exponents are at most 0."""
+    if not sums:
+        return Decays()
+    columns, rows = sums
+    whole, part = (columns[:, i : i + 1] for i in (head, heads + head))
+    whole_row, part_row = (rows[i : i + 1] for i in (head, heads + head))
+    exponent = (whole - whole_row) + (part - part_row)
+    i, j = places(exponent.shape[0])
+    return Decays(
+        jnp.exp(jnp.where(i >= j, exponent, -jnp.inf)),
+        jnp.exp(whole + part),
+        jnp.exp((whole[-1:] - whole) + (part[-1:] - part)),
+        jnp.exp(whole[-1:] + part[-1:]),
+    )
+
+
+def places(size: int):
+    """Row and column of every place of [size, size]."""
+    return tuple(lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+
+
+def lower(x, pairs):
+    """x [C, C] times the decays of pairs; zero where j > i."""
+    if pairs is not None:
+        return x * pairs
+    i, j = places(x.shape[0])
+    return jnp.where(i >= j, x, 0)
+
+
+def times(x, factor):
+    """x times what may be None for 1."""
+    return x if factor is None else x * factor
+
+
+def log_decay_gradient(products, asking, writing, carrying, *, like):
+    """dg of a chunk, [C, heads], from what each head has of it.
+
+        dg_t = sum_{j < t <= i} products_ij + sum_{i >= t} asking_i + sum_{j < t} writing_j
+               + carrying
+
+    products [C, C]; asking, writing [C, 1]; carrying [1, 1]; like: of the op. No two
+    terms cancel: as differences of two cumulative sums they would lose what a strong decay leaves.
+    """
+    i, j = places(products[0].shape[0])
+    onwards, before = (jnp.where(mask, 1.0, 0.0) for mask in (j >= i, j < i))
+    crossing = []
+    for array in products:
+        later = dot_in_parts((onwards.astype(like),), parts(array, like), 1, 0)
+        crossing.append(jnp.sum(jnp.where(j < i, later, 0), 1, keepdims=True))
+    beside = [jnp.concatenate(x, axis=1) for x in (crossing, asking, writing, carrying)]
+    return beside[0] + dot(onwards, beside[1], 1, 0) + dot(before, beside[2], 1, 0) + beside[3]
+
+
+# ---------------------------------------------------------------- triangles
+
+
+def parts(x, like):
+    """What `dot_in_parts` makes products of: x itself, or for an op in bfloat16 a float32 x as a
+    sum of two arrays of bfloat16. Split what is used twice once."""
+    if like == jnp.float32 or x.dtype == jnp.bfloat16:
+        return (x,)
+    main = x.astype(jnp.bfloat16)
+    return main, (x - main.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def dot_in_parts(a, b, of_a: int, of_b: int):
+    """`dot` of two `parts`, for where terms cancel: exact to float32, or in bfloat16 by 2 or 3
+    products to 4e-6."""
+    total = dot(a[0], b[0], of_a, of_b)
+    for rest in b[1:]:
+        total = total + dot(a[0], rest, of_a, of_b)
+    for rest in a[1:]:
+        total = total + dot(rest, b[0], of_a, of_b)
+    return total
+
+
+def unit_lower_inverses(lowers, like):
+    """(I + L)^-1 of strictly lower L [C, C], C a power of two: those of all heads side by side, so
+    that a product need not wait for the one before it.
+
+    The inverse of blocks of b places on the diagonal becomes that of blocks of 2 b by
+    X <- X - X L' X, L' what joins the two halves of each block. Exact for equal keys, and nothing
+    on the way is larger than the inverse; powers of L grow without bound.
+    """
+    size = lowers[0].shape[0]
+    i, j = places(size)
+
+    def joins(bits):
+        return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits != j >> bits)
+
+    found = [jnp.where(i == j, 1.0, jnp.where(joins(0), -x, 0.0)) for x in lowers]
+    lowers = [parts(x, like) for x in lowers]
+    for bits in range(1, size.bit_length() - 1):
+        split = [parts(x, like) for x in found]
+        joined = [[jnp.where(joins(bits), part, 0) for part in x] for x in lowers]
+        inner = [
+            dot_in_parts(_second(x, 1 << bits), y, 1, 0) for x, y in zip(joined, split, strict=True)
+        ]
+        inner = [parts(_spread(x, 1 << bits), like) for x in inner]
+        changes = [
+            dot_in_parts(_second(x, 1 << bits), y, 1, 0) for x, y in zip(split, inner, strict=True)
+        ]
+        found = [x - _spread(y, 1 << bits) for x, y in zip(found, changes, strict=True)]
+    return found
+
+
+def _second(arrays, half: int):
+    """The rows of the second halves of blocks of 2 half rows, which are those that change; all
+    rows where half is no whole number of tiles."""
+    if half < 16:
+        return arrays
+    starts = range(half, arrays[0].shape[0], 2 * half)
+    return [jnp.concatenate([x[n : n + half] for n in starts]) for x in arrays]
+
+
+def _spread(x, half: int):
+    """Rows of `_second` in their places, zeros between them."""
+    if half < 16:
+        return x
+    zero = jnp.zeros((half, x.shape[1]), x.dtype)
+    rows = (x[n : n + half] for n in range(0, x.shape[0], half))
+    return jnp.concatenate([part for row in rows for part in (zero, row)])
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Blocks of a grid [batch, groups of heads, chunks], the last walked forward or backward."""
+
+    chunk: int
+    heads: int
+    chunks: int
+    backward: bool = False
+
+    def _at(self, n):
+        return self.chunks - 1 - n if self.backward else n
+
+    def tokens(self, width: int):
+        """[C, heads, width] of [B, T, H, width]."""
+        shape = (None, self.chunk, self.heads, width)
+        return pl.BlockSpec(shape, lambda b, g, n: (b, self._at(n), g, 0))
+
+    def columns(self, per_head: int = 2):
+        """[C, per_head heads]."""
+        shape = (None, None, None, self.chunk, per_head * self.heads)
+        return pl.BlockSpec(shape, lambda b, g, n: (b, g, self._at(n), 0, 0))
+
+    def rows(self, per_head: int = 2):
+        """[per_head heads, C]."""
+        shape = (None, None, None, per_head * self.heads, self.chunk)
+        return pl.BlockSpec(shape, lambda b, g, n: (b, g, self._at(n), 0, 0))
+
+    def state(self, width: int, size: int):
+        """[heads, K, V] of [B, H, K, V], the same for all chunks: one buffer is enough."""
+        shape = (None, self.heads, width, size)
+        at = lambda b, g, n: (b, g, 0, 0)  # noqa: E731
+        return pl.BlockSpec(shape, at, pipeline_mode=pl.Buffered(1))
+
+    def bounds(self, width: int, size: int):
+        """[heads, K, V] of [B, N, H, K, V]."""
+        shape = (None, None, self.heads, width, size)
+        return pl.BlockSpec(shape, lambda b, g, n: (b, self._at(n), g, 0, 0))

@@ -1,0 +1,188 @@
+"""The static cost of every op on every TPU generation, on a machine that has none.
+
+    python -m pallas_kernels.cost            # writes compiled.json and the tables of README.md
+    python -m pallas_kernels.cost --plain    # that of the plain chunked forms too, half an hour
+
+Needs libtpu (`pip install memjax[tpu]`). README.md says how to read it.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from importlib import metadata
+
+import jax.numpy as jnp
+
+from pallas_kernels import deviceless
+from pallas_kernels.ops import OPS, arguments, function, work
+
+HERE = pathlib.Path(__file__).parent
+COMPILED = HERE / "compiled.json"
+DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
+SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
+WIDTHS = (64, 128, 256)
+DTYPES = ("bfloat16", "float32")
+# Of one core, in a cycle: floating-point operations of bfloat16 products, bytes of HBM.
+PEAKS = {"v5e": (131072, 546), "v6e": (524288, 937)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plain", action="store_true", help="the plain chunked forms too")
+    given = parser.parse_args()
+    kept = json.loads(COMPILED.read_text()) if COMPILED.exists() else {}
+    made = {"date": datetime.date.today().isoformat(), "versions": versions()}
+    found = {
+        **made,
+        "costs": list(costs(False)),
+        "plain": {**made, "costs": list(costs(True))} if given.plain else kept.get("plain"),
+        "memory": [
+            {**case, **compiled(**case)}
+            for op, decay in OPS
+            for dtype in DTYPES
+            for width in WIDTHS
+            for generation in deviceless.TOPOLOGIES
+            for case in [dict(zip(CASE, (op, decay, dtype, width, generation), strict=True))]
+        ],
+    }
+    COMPILED.write_text(json.dumps(found, indent=1) + "\n")
+    write_tables(found)
+
+
+CASE = ("op", "decay", "dtype", "width", "generation")
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    return {name: metadata.version(name) for name in ("jax", "libtpu")}
+
+
+def costs(plain: bool) -> Iterator[dict]:
+    """Rows of the table of costs: cycles for each token and head."""
+    number = math.prod(SHAPE[:3])
+    for (op, decay), runs in OPS.items():
+        for direction in DIRECTIONS:
+            options = {} if plain else {"platform": "tpu"}
+            fn = function(runs[plain], direction, **options)
+            arrays = arguments(op, decay, SHAPE, jnp.bfloat16)
+            given = (arrays,) if direction == "forward" else (arrays, arrays["v"])
+            for generation in PEAKS if plain else deviceless.TOPOLOGIES:
+                cost = deviceless.cost(generation, fn, *given)
+                row: dict = {
+                    "op": op,
+                    "decay": decay,
+                    "direction": direction,
+                    "generation": generation,
+                }
+                kernels = sum(kernel.cycles for kernel in cost.kernels.values())
+                row |= {"kernels": kernels / number, "rest": cost.rest / number}
+                if not plain:
+                    flops, size = work(fn, *given)
+                    row |= {"flops": flops / number, "bytes": size / number}
+                    row |= {name: vars(kernel) for name, kernel in cost.kernels.items()}
+                print(json.dumps(row), flush=True)
+                yield row
+
+
+def compiled(op, decay, dtype, width, generation) -> dict:
+    """VMEM and spills of the kernels of one case, forward and backward; or why it is refused."""
+    fn = function(OPS[op, decay][0], "both", platform="tpu")
+    given = arguments(op, decay, (1, 1024, 8, width), jnp.dtype(dtype))
+    print(op, decay, dtype, width, generation, flush=True)
+    try:
+        cost = deviceless.cost(generation, fn, given, given["v"])
+    except NotImplementedError as reason:
+        return {"refused": str(reason)}
+    return {
+        name.removeprefix(f"{op}_"): {"vmem": kernel.vmem, "spills": kernel.spills}
+        for name, kernel in sorted(cost.kernels.items())
+    }
+
+
+# ---------------------------------------------------------------- tables
+
+
+def write_tables(found: dict) -> None:
+    """Writes the tables of README.md between their marks."""
+
+    def made(what):
+        versions = (f"{name} {version}" for name, version in what["versions"].items())
+        return f"on {what['date']} with {', '.join(versions)}"
+
+    written = f"Written {made(found)}"
+    if found["plain"]:
+        written += f"; the plain forms {made(found['plain'])}"
+    written += ".\n\n"
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    for mark, table in (("costs", cost_table(found)), ("memory", memory_table(found["memory"]))):
+        before, _, rest = text.partition(f"<!-- {mark} -->\n")
+        _, _, after = rest.partition(f"<!-- /{mark} -->")
+        text = f"{before}<!-- {mark} -->\n{written}{table}<!-- /{mark} -->{after}"
+    readme.write_text(text)
+
+
+def markdown(head, rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def cost_table(found: dict) -> str:
+    measured = found["plain"]["costs"] if found["plain"] else []
+    plain = {tuple(row[n] for n in NAMED): row for row in measured}
+    head = [
+        "op",
+        "decay",
+        "direction",
+        "TPU",
+        "kernels",
+        "rest",
+        "plain form",
+        "bound by arithmetic",
+    ]
+    head += ["bound by memory", "MXU busy"]
+    rows = []
+    for row in found["costs"]:
+        other = plain.get(tuple(row[n] for n in NAMED))
+        peaks = PEAKS.get(row["generation"])
+        bounds = [f"{row[n] / peaks[i]:.1f}" if peaks else "" for i, n in enumerate(WORK)]
+        busy = [f"{k['mxu']} %" for k in row.values() if isinstance(k, dict)]
+        rows.append(
+            [
+                *(row[name] for name in NAMED),
+                *(f"{row[name]:.2f}" for name in ("kernels", "rest")),
+                f"{other['kernels'] + other['rest']:.1f}" if other else "",
+                *bounds,
+                ", ".join(busy),
+            ]
+        )
+    return markdown(head, rows)
+
+
+NAMED = ("op", "decay", "direction", "generation")
+WORK = ("flops", "bytes")
+
+
+def memory_table(rows: list[dict]) -> str:
+    """MiB of VMEM / spilled stores of a grid step, forward; backward."""
+    generations = list(deviceless.TOPOLOGIES)
+
+    def cell(row):
+        kernels = [value for value in row.values() if isinstance(value, dict)]
+        if not kernels:
+            return "refused"
+        return "; ".join(
+            f"{k['vmem'] / 2**20:.1f} / {k['spills']}" for k in reversed(kernels)
+        )  # "backward" is before "forward"
+
+    found = {tuple(row[n] for n in CASE): cell(row) for row in rows}
+    keys = dict.fromkeys(key[:-1] for key in found)
+    lines = [[*key, *(found[*key, g] for g in generations)] for key in keys]
+    return markdown([*CASE[:-1], *generations], lines)
+
+
+if __name__ == "__main__":
+    main()

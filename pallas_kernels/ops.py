@@ -1,0 +1,77 @@
+"""Every op with its plain form, the shapes of its arrays, and the work that its kernels do."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chunk_delta import reference as delta
+from pallas_kernels.chunk_delta.api import chunk_delta
+from pallas_kernels.chunk_linear import reference as linear
+from pallas_kernels.chunk_linear.api import chunk_linear
+
+# (op, decay) -> the op and its plain form
+OPS = {
+    ("chunk_linear", "none"): (chunk_linear, linear.chunked),
+    ("chunk_linear", "head"): (chunk_linear, linear.chunked),
+    ("chunk_delta", "none"): (chunk_delta, delta.chunked),
+    ("chunk_delta", "head"): (chunk_delta, delta.chunked),
+}
+
+
+def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of an op's arrays."""
+    rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+    given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
+    given |= {"beta": rate} if op == "chunk_delta" else {}
+    return given | ({} if decay == "none" else {"g": rate})
+
+
+def function(run, direction, **options):
+    """A function of arrays by name: the op, or, with the cotangent of o besides, its outputs and
+    gradients."""
+
+    def op(given):
+        return run(**given, **options)
+
+    def both(given, do):
+        o, backward, state = jax.vjp(op, given, has_aux=True)
+        return o, state, backward(do)
+
+    return op if direction == "forward" else both
+
+
+def work(fn, *shapes) -> tuple[int, int]:
+    """(floating-point operations of products, bytes of operands and results) of the kernels."""
+    flops = size = 0
+    for equation in equations(jax.make_jaxpr(fn)(*shapes).jaxpr):
+        if equation.primitive.name != "pallas_call":
+            continue
+        arrays = (*equation.invars, *equation.outvars)
+        size += sum(a.aval.size * a.aval.dtype.itemsize for a in arrays)
+        steps = math.prod(equation.params["grid_mapping"].grid)
+        flops += steps * sum(map(product, equations(equation.params["jaxpr"])))
+    return flops, size
+
+
+def equations(jaxpr) -> Iterator:
+    """Every equation, those inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
+def _is_jaxpr(value) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def product(equation) -> int:
+    """Floating-point operations of a matrix product, 0 for anything else."""
+    if equation.primitive.name != "dot_general":
+        return 0
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)

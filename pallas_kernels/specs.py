@@ -1,0 +1,81 @@
+"""Cases that kernels are tested with: shapes and hard inputs."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Shapes and hard inputs of one case.
+
+    beta: the range of the delta rule's rates, None without one. decay: "none", "head" (one for
+    each head). gate: what the log decays of softplus size are multiplied by. strong: a further
+    factor of one in twenty, up to infinity. keys: "random", "equal", "cosine" (.9 with each other),
+    of this norm. resets: tokens of the first row where a document begins. tags: "fast" (part of
+    `make test`), "race" (also run by the interpreter that detects races).
+    """
+
+    name: str
+    B: int = 1
+    T: int
+    H: int = 2
+    key_heads: int | None = None
+    K: int = 64
+    V: int = 64
+    chunk: int | None = None
+    dtype: str = "float32"
+    beta: tuple[float, float] | None = None
+    decay: str = "head"
+    gate: float = 1.0
+    strong: float = 1.0
+    keys: str = "random"
+    norm: float = 1.0
+    resets: tuple[int, ...] = ()
+    state: bool = True
+    tags: tuple[str, ...] = ()
+
+    def __str__(self):
+        return self.name
+
+    def inputs(self, seed: int = 0) -> dict[str, np.ndarray | None]:
+        """q, k, v, beta if there is one, g, reset and initial_state as numpy arrays; q, k and v are
+        float32 that `dtype` holds exactly."""
+        rng = np.random.default_rng(seed)
+        heads = self.key_heads or self.H
+        q, k = (rng.standard_normal((self.B, self.T, heads, self.K)) for _ in range(2))
+        if self.keys == "equal":
+            k = np.broadcast_to(k[:, :1], k.shape)
+        elif self.keys == "cosine":
+            common = rng.standard_normal((self.B, 1, heads, self.K))
+            k = np.sqrt(0.9) * common + np.sqrt(0.1) * k
+        q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        k = self.norm * k
+        v = rng.standard_normal((self.B, self.T, self.H, self.V))
+        g = reset = state = None
+        if self.decay == "head":
+            g = -np.logaddexp(0, rng.standard_normal((self.B, self.T, self.H)) - 2)
+            g = self.gate * g * np.where(rng.random(g.shape) < 0.05, self.strong, 1)
+            g = g.astype(np.float32)
+        if self.resets:
+            reset = np.zeros((self.B, self.T), bool)
+            reset[0, list(self.resets)] = True
+        if self.state:
+            shape = (self.B, self.H, self.K, self.V)
+            state = rng.standard_normal(shape).astype(np.float32)
+        arrays = {"q": q, "k": k, "v": v}
+        arrays = {name: held(array, self.dtype) for name, array in arrays.items()}
+        if self.beta is not None:
+            rates = rng.uniform(*self.beta, (self.B, self.T, self.H))
+            arrays["beta"] = rates.astype(np.float32)
+        return arrays | {"g": g, "reset": reset, "initial_state": state}
+
+
+def held(array, dtype: str) -> np.ndarray:
+    """The float32 array whose values `dtype` holds exactly, nearest to this one."""
+    array = np.asarray(array, np.float32)
+    if dtype == "float32":
+        return array
+    bits = array.view(np.uint32)  # bfloat16 is the upper half, rounded to nearest even
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32)

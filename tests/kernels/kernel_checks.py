@@ -1,0 +1,86 @@
+"""What every kernel must satisfy: values and all gradients against its reference in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.specs import Spec, held
+
+HALF = "bfloat16"
+
+
+def results(op, spec: Spec, dtype, longer: float = 1.0) -> dict[str, np.ndarray]:
+    """Outputs and gradients of everything an op can be differentiated by, as float64.
+
+    dtype: of q, k and v; the others are float32, or float64 with them. The cotangent of o is held
+    by the spec's dtype. longer: a factor of k.
+    """
+    given = spec.inputs()
+    given["k"] = longer * np.float64(given["k"])
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    reset = given.pop("reset")
+    x = {
+        name: jnp.asarray(array, dtype if name in ("q", "k", "v") else wide)
+        for name, array in given.items()
+        if array is not None
+    }
+    rng = np.random.default_rng(1)
+    do = held(rng.standard_normal((spec.B, spec.T, spec.H, spec.V)), spec.dtype)
+    dstate = held(rng.standard_normal((spec.B, spec.H, spec.K, spec.V)), "float32")
+
+    @jax.jit
+    def run(x, do, dstate):
+        (o, state), backward = jax.vjp(lambda x: op(**x, reset=reset), x)
+        (gradients,) = backward((do.astype(o.dtype), dstate.astype(state.dtype)))
+        return {"o": o, "state": state} | {f"d{name}": a for name, a in gradients.items()}
+
+    return {name: np.asarray(a, np.float64) for name, a in run(x, do, dstate).items()}
+
+
+def heads_repeated(reference):
+    """A reference that takes fewer heads of q and k too."""
+
+    def run(q, k, v, **options):
+        q, k = (jnp.repeat(a, v.shape[2] // a.shape[2], axis=2) for a in (q, k))
+        return reference(q, k, v, **options)
+
+    return run
+
+
+def distance(found, wanted) -> float:
+    """Relative RMS; NaN and infinity are an error of their own."""
+    assert np.isfinite(found).all(), "not finite"
+    return float(np.sqrt(np.mean((found - wanted) ** 2) / (np.mean(wanted**2) + 1e-30)))
+
+
+def check(op, sequential, chunked, spec: Spec) -> None:
+    """float32: at most max(1e-5, 3 x the distance of the float32 token loop from float64), and for
+    equal or alike keys what rounding k.k, as much as float32 may lose in a sum of K products, does
+    to the float64 result.
+    bfloat16: at most twice the distance of the plain chunked form on the same inputs; what leaves
+    in float32 may be as far as if it were rounded to bfloat16 twice, like the factors it is made
+    of."""
+    with enable_x64():
+        exact = results(heads_repeated(sequential), spec, jnp.float64)
+        allowed = dict.fromkeys(exact, 0.0)
+        if spec.keys != "random":
+            longer = 1 + spec.K * 2.0**-25
+            moved = results(heads_repeated(sequential), spec, jnp.float64, longer)
+            allowed = {name: distance(moved[name], exact[name]) for name in exact}
+    found = results(op, spec, jnp.dtype(spec.dtype))
+    plain = chunked if spec.dtype == HALF else sequential
+    own = results(heads_repeated(plain), spec, jnp.dtype(spec.dtype))
+    assert found.keys() == exact.keys()
+    for name, wanted in exact.items():
+        if spec.dtype == HALF:
+            rounded = distance(held(wanted, HALF).astype(np.float64), wanted)
+            bound = 2 * max(distance(own[name], wanted), rounded)
+        else:
+            bound = max(1e-5, 3 * distance(own[name], wanted)) + allowed[name]
+        error = distance(found[name], wanted)
+        assert error <= bound, f"{spec}: {name} is {error:.1e} off, at most {bound:.1e}"
+
+
+def enable_x64():
+    owner = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return owner.enable_x64(True)

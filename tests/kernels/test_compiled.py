@@ -1,0 +1,86 @@
+"""Kernels compiled for TPUs that this machine does not have: they fit, and do not spill more than
+compiled.json says, which `python -m pallas_kernels.cost` writes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import cost, deviceless, ops
+
+pytest.importorskip("libtpu", reason="needs libtpu: pip install memjax[tpu]")
+RECORDED = json.loads(cost.COMPILED.read_text(encoding="utf-8"))
+
+
+def named(row):
+    return "-".join(str(row[name]) for name in cost.CASE)
+
+
+def test_every_case_is_recorded():
+    wanted = {
+        (op, decay, dtype, width, generation)
+        for op, decay in ops.OPS
+        for dtype in cost.DTYPES
+        for width in cost.WIDTHS
+        for generation in deviceless.TOPOLOGIES
+    }
+    assert {tuple(row[name] for name in cost.CASE) for row in RECORDED["memory"]} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", RECORDED["memory"], ids=named)
+def test_a_kernel_fits_and_spills_no_more_than_recorded(row):
+    found = cost.compiled(**{name: row[name] for name in cost.CASE})
+    assert found.keys() == row.keys() - set(cost.CASE)
+    if "refused" in row:
+        assert found["refused"] == row["refused"]
+        return
+    if cost.versions() != RECORDED["versions"]:
+        pytest.skip(f"recorded with {RECORDED['versions']}, compiled with {cost.versions()}: fits")
+    for name, kernel in found.items():
+        for figure, value in kernel.items():
+            assert value <= row[name][figure], f"{name}: {figure}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize(
+    "op, heads, key, value, dtype",
+    [
+        ("chunk_delta", 4, 256, 256, "float32"),
+        ("chunk_delta", 9, 64, 64, "float32"),
+        ("chunk_linear", 12, 128, 128, "bfloat16"),
+        ("chunk_linear", 5, 256, 256, "bfloat16"),
+        ("chunk_linear", 4, 128, 256, "float32"),
+    ],
+)
+def test_other_heads_fit_too(op, heads, key, value, dtype, decay):
+    given = ops.arguments(op, decay, (1, 512, heads, key), jnp.dtype(dtype))
+    given["v"] = jax.ShapeDtypeStruct((1, 512, heads, value), jnp.dtype(dtype))
+    run = ops.function(ops.OPS[op, decay][0], "both", platform="tpu")
+    deviceless.compile_for("v4", run, given, given["v"])
+
+
+@pytest.mark.slow
+def test_twice_the_tokens_cost_twice_the_cycles():
+    def cycles(batch, length, heads):
+        given = ops.arguments("chunk_linear", "none", (batch, length, heads, 64), jnp.bfloat16)
+        run = ops.function(ops.OPS["chunk_linear", "none"][0], "forward", platform="tpu")
+        return deviceless.cost("v5e", run, given).kernels["chunk_linear_forward"].cycles
+
+    once = cycles(1, 2048, 8)
+    for more in ((1, 4096, 8), (2, 2048, 8), (1, 2048, 16)):
+        assert 1.9 < cycles(*more) / once < 2.1
+
+
+@pytest.mark.slow
+def test_a_loop_costs_its_trips():
+    def loop(x, trips):
+        return jax.lax.fori_loop(0, trips, lambda _, x: jnp.tanh(x @ x), x)
+
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    once, often = (deviceless.cost("v5e", lambda x, n=n: loop(x, n), x).rest for n in (4, 32))
+    assert 7 < often / once < 9
+    with pytest.raises(ValueError, match="number of trips of a loop is unknown"):
+        deviceless.cost("v5e", loop, x, jax.ShapeDtypeStruct((), jnp.int32))

@@ -1,0 +1,283 @@
+"""Every op: against its reference, by the interpreters, as lowered, and through the cells."""
+
+import re
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import kernel_checks
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import memjax
+from memjax.cells.delta_net import DeltaNet
+from memjax.cells.delta_product import DeltaProduct
+from memjax.cells.gated_delta_net import GatedDeltaNet
+from memjax.cells.linear_attention import LinearAttention
+from memjax.cells.simple_gla import SimpleGLA
+from memjax.typing import fields
+from pallas_kernels import chunk_delta, chunk_linear, interpreted, ops
+from pallas_kernels.chunk_delta import reference as delta
+from pallas_kernels.chunk_delta import specs as delta_specs
+from pallas_kernels.chunk_delta import tpu as delta_tpu
+from pallas_kernels.chunk_delta import tpu_vjp as delta_vjp
+from pallas_kernels.chunk_linear import reference as linear
+from pallas_kernels.chunk_linear import specs as linear_specs
+from pallas_kernels.chunk_linear import tpu as linear_tpu
+from pallas_kernels.chunk_linear import tpu_vjp as linear_vjp
+from pallas_kernels.specs import Spec
+
+OPS = {
+    "chunk_linear": (chunk_linear, linear, linear_specs.SPECS),
+    "chunk_delta": (chunk_delta, delta, delta_specs.SPECS),
+}
+RACE = pltpu.InterpretParams(
+    detect_races=True,
+    uninitialized_memory="nan",
+    out_of_bounds_reads="raise",
+    dma_execution_mode="on_wait",
+    num_cores_or_threads=2,
+    random_seed=0,
+)
+
+
+class Case(NamedTuple):
+    op: str
+    spec: Spec
+
+    def __str__(self):
+        return f"{self.op}-{self.spec}"
+
+
+CASES = [Case(op, spec) for op, (_, _, specs) in OPS.items() for spec in specs]
+NAMED = {str(case): case for case in CASES}
+
+
+def check(case, how=True):
+    op, reference, _ = OPS[case.op]
+    size = max(n for n in (1, 8, 32) if case.spec.T % n == 0)
+    with interpreted("tpu", how):
+        kernel_checks.check(
+            partial(op, chunk=case.spec.chunk),
+            reference.sequential,
+            partial(reference.chunked, chunk=size),
+            case.spec,
+        )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if "fast" in case.spec.tags else pytest.mark.slow, id=str(case))
+        for case in CASES
+    ],
+)
+def test_values_and_gradients(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in CASES if "race" in c.spec.tags], ids=str)
+def test_no_races_and_no_uninitialised_memory(case):
+    check(case, RACE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
+def test_a_walk_in_parallel_is_found(module, monkeypatch):
+    """Chunks wait for each other; by one core the interpreter would not notice."""
+    parallel = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    fake = SimpleNamespace(CompilerParams=lambda **_: parallel)
+    monkeypatch.setattr(module, "pltpu", fake)
+    op = module.__name__.split(".")[1]
+    with pytest.raises(Exception, match="RACE|race|not finite|off, at most"):
+        check(NAMED[f"{op}-resets"], RACE)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["no_decay_resets", "gate_mixed"])
+def test_the_chunked_reference_is_the_token_loop(op, name):
+    spec, reference = NAMED[f"{op}-{name}"].spec, OPS[op][1]
+    with kernel_checks.enable_x64():
+        wanted = kernel_checks.results(reference.sequential, spec, jnp.float64)
+        found = kernel_checks.results(partial(reference.chunked, chunk=16), spec, jnp.float64)
+    for leaf, value in wanted.items():
+        assert kernel_checks.distance(found[leaf], value) < 1e-10, leaf
+
+
+def sees_later(original):
+    def decays(*given):
+        found = original(*given)
+        return found._replace(pairs=found.pairs + found.pairs.T)
+
+    return decays
+
+
+def keeps_all(original):
+    def decays(*given):
+        found = original(*given)
+        return found._replace(through=jnp.ones_like(found.through))
+
+    return decays
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", [sees_later, keeps_all])
+@pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
+def test_the_check_finds_a_planted_mistake(module, mistake, monkeypatch):
+    monkeypatch.setattr(module, "decays", mistake(module.decays))
+    op = module.__name__.split(".")[1]
+    with pytest.raises(AssertionError, match="off, at most"):
+        check(NAMED[f"{op}-resets"])
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def arrays(op="chunk_linear", heads=2, width=64, dtype=jnp.float32, decay="head"):
+    return ops.arguments(op, decay, (1, 32, heads, width), dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [
+        ({}, dict(platform="cpu"), "none for cpu"),
+        (dict(width=32), {}, "K = 32"),
+        (dict(dtype=jnp.float16), {}, "float16"),
+        ({}, dict(chunk=24), "given 24"),
+        ({}, dict(g=jnp.zeros((1, 32, 2, 64))), "each channel"),
+        (dict(heads=60, width=256), {}, "60 heads"),
+    ],
+)
+def test_a_refusal_has_its_reason(op, changes, options, message):
+    given = {"platform": "tpu", **arrays(op, **changes), **options}
+    shapes = {k: v for k, v in given.items() if hasattr(v, "shape")}
+    others = {k: v for k, v in given.items() if k not in shapes}
+    with pytest.raises(NotImplementedError, match=f"{op} .*{message}"):
+        jax.eval_shape(lambda shapes: OPS[op][0](**shapes, **others), shapes)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"k": (1, 31, 2, 64)}, r"k must be \[1, 32, 2, 64\]; given \[1, 31, 2, 64\]"),
+        ({"g": (1, 32, 4)}, r"g must be \[1, 32, 2\]; given \[1, 32, 4\]"),
+        ({"reset": (1, 30)}, r"reset must be \[1, 32\]"),
+        ({"initial_state": (1, 2, 64, 32)}, r"initial_state must be \[1, 2, 64, 64\]"),
+        ({"v": (1, 32, 3, 64), "g": (1, 32, 3), "beta": (1, 32, 3)}, "2 heads of q and k"),
+        ({"v": (32, 2, 64)}, r"q, k, v must be \[B, T, h, D\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_told(op, changes, message):
+    given = arrays(op)
+    for name, shape in changes.items():
+        if name in given or name in ("reset", "initial_state"):
+            given[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    with pytest.raises(ValueError, match=f"{op}: .*{message}"):
+        jax.eval_shape(lambda given: OPS[op][0](**given, platform="tpu"), given)
+
+
+# ---------------------------------------------------------------- what runs
+
+
+def loss(op, given):
+    o, state = OPS[op][0](**given, platform="tpu")
+    return o.sum() + (state**2).sum()
+
+
+def kernels(fn, given):
+    """How often each kernel is in the lowered program."""
+    text = jax.jit(fn).trace(given).lower(lowering_platforms=("tpu",)).as_text()
+    names = re.findall(r'kernel_name = "chunk_[a-z]*_([^"]+)"', text)
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_how_often_the_kernels_run(op):
+    def twice(given):
+        return loss(op, given | {"q": OPS[op][0](**given, platform="tpu")[0]})
+
+    once, given = partial(loss, op), arrays(op)
+    assert kernels(once, given) == {"forward": 1}
+    assert kernels(jax.value_and_grad(once), given) == {"backward": 1, "forward": 1}
+    again = jax.value_and_grad(jax.checkpoint(twice))
+    assert kernels(again, given) == {"backward": 2, "forward": 4}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older ones leave a dead call, jax 0.12")
+def test_a_policy_saves_the_second_forward_kernel(op):
+    policy = jax.checkpoint_policies.save_only_these_names("memory_state", "memory_out")
+    grad = jax.grad(jax.checkpoint(partial(loss, op), policy=policy))
+    assert kernels(grad, arrays(op)) == {"backward": 1, "forward": 1}
+
+
+def test_the_work_that_is_counted():
+    given = ops.arguments("chunk_linear", "none", (1, 256, 8, 64), jnp.float32)
+    given["v"] = jax.ShapeDtypeStruct((1, 256, 8, 128), jnp.float32)
+    flops, size = ops.work(ops.function(chunk_linear, "forward", platform="tpu", chunk=32), given)
+    chunks, c, k, v = 8 * 8, 32, 64, 128
+    assert flops == chunks * 2 * (c * c * k + c * c * v + 2 * c * k * v)
+    assert size == 4 * 8 * (256 * (2 * k + 2 * v) + 2 * k * v)
+
+
+# ---------------------------------------------------------------- cells
+
+
+CELLS = {
+    "linear_attention": LinearAttention(64, 64, scale=0.5),
+    "simple_gla": SimpleGLA(64, 64),
+    "delta_net": DeltaNet(64, 64),
+    "gated_delta_net": GatedDeltaNet(64, 64),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_run_them(name):
+    """Keys of one head for two memories, resets, tokens that only read, a state."""
+    cell = CELLS[name]
+    rng = np.random.default_rng(0)
+    batch, length, heads = 2, 37, 2
+
+    def normal(*shape):
+        return rng.standard_normal((batch, length, *shape)).astype(np.float32)
+
+    made = {
+        "query": lambda: normal(1, 64),
+        "key": lambda: normal(1, 64) / 8,
+        "value": lambda: normal(heads, 64),
+        "log_decay": lambda: -np.abs(normal(heads)),
+        "rate": lambda: np.abs(normal(1)) % 1,
+    }
+    xs = cell.inputs(*(made[field.kind]() for field in fields(cell.inputs).values()))
+    given = dict(
+        reset=jnp.asarray(rng.random((batch, length)) < 0.1),
+        write=jnp.asarray(rng.random((batch, length)) < 0.8),
+        state=rng.standard_normal((batch, heads, 64, 64)).astype(np.float32),
+    )
+    wanted = memjax.run(cell, {}, xs, **given, implementation="scan")
+    with interpreted():
+        found = memjax.run(cell, {}, xs, **given, implementation="pallas")
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-5
+    never = given | {"write": jnp.zeros((batch, length, heads), bool), "reset": None}
+    with interpreted():
+        _, kept = memjax.run(cell, {}, xs, **never, implementation="pallas")
+    np.testing.assert_array_equal(kept, given["state"])
+    with pytest.raises(NotImplementedError, match="none for cpu"):
+        memjax.run(cell, {}, xs, **given, implementation="pallas")
+
+
+def test_a_cell_of_another_form_has_no_kernel():
+    cell, shape = DeltaProduct(64, 64), (1, 8, 2)
+    xs = cell.inputs(
+        *(np.zeros((*shape, *axes), np.float32) for axes in ((64,), (2, 64), (2, 64), (2,), ()))
+    )
+    with interpreted(), pytest.raises(NotImplementedError, match="DeltaProduct has no Pallas"):
+        memjax.run(cell, {}, xs, implementation="pallas")
