@@ -86,7 +86,9 @@ def call(
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform = target(platform)
     if platform != "tpu":
-        raise NotImplementedError(f"{name} has a kernel for tpu, none for {platform}")
+        raise NotImplementedError(
+            f"{name} has a kernel for tpu, none for {platform}; use a plain form"
+        )
     block = plan(name, q, k, v, g, chunk, size_of)
     batch, _, heads, size = v.shape
     width = q.shape[-1]

@@ -335,6 +335,8 @@ def test_run_names_the_cell():
 
 def test_run_gives_every_reason():
     class Bare(DeltaNet):
+        pallas = memjax.MemoryCell.pallas
+
         def chunked(self, params, state, xs, reset, write):
             raise NotImplementedError("not today")
 
