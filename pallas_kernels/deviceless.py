@@ -24,8 +24,10 @@ os.environ.update(
 )
 _DUMP = tempfile.mkdtemp(prefix="deviceless")
 atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
+# The last pass alone: the dumps of all of them take longer than the compilation.
 os.environ["LIBTPU_INIT_ARGS"] = (
-    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={_DUMP}".strip()
+    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={_DUMP} "
+    "--xla_jf_dump_llo_pass_label_regex=final.* --xla_jf_dump_hlo_text=false"
 )
 
 import jax  # noqa: E402
