@@ -33,7 +33,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true", help="the plain chunked forms too")
     given = parser.parse_args()
-    kept = json.loads(COMPILED.read_text()) if COMPILED.exists() else {}
+    kept = json.loads(COMPILED.read_text(encoding="utf-8")) if COMPILED.exists() else {}
     made = {"date": datetime.date.today().isoformat(), "versions": versions()}
     found = {
         **made,
@@ -48,7 +48,7 @@ def main():
             for case in [dict(zip(CASE, (op, decay, dtype, width, generation), strict=True))]
         ],
     }
-    COMPILED.write_text(json.dumps(found, indent=1) + "\n")
+    COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_tables(found)
 
 
@@ -113,16 +113,18 @@ def write_tables(found: dict) -> None:
         return f"on {what['date']} with {', '.join(versions)}"
 
     written = f"Written {made(found)}"
-    if found["plain"]:
-        written += f"; the plain forms {made(found['plain'])}"
-    written += ".\n\n"
+    plain = f"; the plain forms {made(found['plain'])}" if found["plain"] else ""
+    tables = {
+        "costs": f"{written}{plain}.\n\n{cost_table(found)}",
+        "memory": f"{written}.\n\n{memory_table(found['memory'])}",
+    }
     readme = HERE / "README.md"
-    text = readme.read_text()
-    for mark, table in (("costs", cost_table(found)), ("memory", memory_table(found["memory"]))):
+    text = readme.read_text(encoding="utf-8")
+    for mark, table in tables.items():
         before, _, rest = text.partition(f"<!-- {mark} -->\n")
         _, _, after = rest.partition(f"<!-- /{mark} -->")
-        text = f"{before}<!-- {mark} -->\n{written}{table}<!-- /{mark} -->{after}"
-    readme.write_text(text)
+        text = f"{before}<!-- {mark} -->\n{table}<!-- /{mark} -->{after}"
+    readme.write_text(text, encoding="utf-8")
 
 
 def markdown(head, rows) -> str:
