@@ -1,6 +1,9 @@
 """Cases that kernels are tested with: shapes and hard inputs."""
 
 import dataclasses
+import math
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -79,3 +82,38 @@ def held(array, dtype: str) -> np.ndarray:
     bits = array.view(np.uint32)  # bfloat16 is the upper half, rounded to nearest even
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return bits.view(np.float32)
+
+
+HALF: dict[str, Any] = {"T": 96, "chunk": 32, "dtype": "bfloat16"}
+
+
+def shared(**more) -> tuple[Spec, ...]:
+    """The cases of every op with a decay for each head; more: what they have besides."""
+    case = partial(Spec, **more)
+    resets: dict[str, Any] = {"T": 53, "B": 2, "resets": (0, 7, 16, 20, 52)}
+    return (
+        case(name="one_chunk", T=32, chunk=32, tags=("race",)),
+        case(name="ragged", B=2, T=41, H=1, chunk=16, tags=("race",)),
+        case(name="one_token", B=2, T=1),
+        case(name="a_token_less", T=15, chunk=16),
+        case(name="a_token_more", T=17, chunk=16),
+        case(name="chunk_chosen", T=150, H=1),
+        case(name="no_state", T=48, chunk=16, state=False),
+        case(name="no_decay", T=48, chunk=16, decay="none", tags=("fast", "race")),
+        case(name="no_decay_resets", T=48, chunk=16, decay="none", resets=(0, 20, 47)),
+        case(name="resets", **resets, chunk=16, tags=("fast", "race")),
+        case(name="all_resets", T=20, chunk=16, resets=tuple(range(20))),
+        case(name="gate_exactly_1", T=48, chunk=16, gate=0.0),
+        case(name="gate_extreme", T=64, chunk=32, gate=60.0, resets=(9,)),
+        case(name="gate_mixed", T=128, chunk=64, gate=0.1, strong=1e4),
+        case(name="gate_infinite", T=64, chunk=32, strong=math.inf),
+        case(name="groups", B=2, T=41, H=16, key_heads=8, chunk=16, resets=(3, 20)),
+        case(name="shared_key", T=40, H=4, key_heads=1, chunk=16),
+        case(name="twelve_heads", T=20, H=12, chunk=16),
+        case(name="wide_v", T=40, V=128, chunk=16),
+        case(name="wide_k", T=40, K=256, V=64, chunk=16),
+        case(name="bf16", **HALF, resets=(40,), tags=("fast", "race")),
+        case(name="bf16_no_decay", **HALF, decay="none"),
+        case(name="bf16_extreme", **HALF, gate=60.0),
+        case(name="bf16_groups", **HALF, H=8, key_heads=2, gate=0.1),
+    )
