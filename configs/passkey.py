@@ -2,7 +2,8 @@
 
     python -m memjax.train --config=configs/passkey.py:gated_delta_net --workdir=runs/passkey-180
     python -m memjax.train --config=configs/passkey.py:gated_delta_net,length=512,steps=600 \\
-        --config.init_from=runs/passkey-180 --workdir=runs/passkey
+        --config.init_from=runs/passkey-180 --config.batch=16 --config.optim.lr=5e-3 \\
+        --workdir=runs/passkey
     python -m memjax.evaluate --workdir=runs/passkey --length=8192 --rows=40
 
 [BaseConv, mixer], width 64, one head; windows see 64 tokens. It learns on texts of 180 bytes, then

@@ -32,8 +32,9 @@ from memjax.data import tokens as text_tokens
 from memjax.nn.lm import capacity, initial_state
 
 UNFINISHED = 75  # exit code of an interrupted run, EX_TEMPFAIL: the same command continues it
-# Config fields that a resumed run may change.
-MAY_CHANGE = ("checkpoint", "eval", "log", "mesh", "next_steps")
+# Config fields that a resumed run may change. init_from is of a run's beginning alone, and earlier
+# runs do not have it.
+MAY_CHANGE = ("checkpoint", "eval", "init_from", "log", "mesh", "next_steps")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -57,7 +58,7 @@ def _train(settings, workdir, stopped):
         example = run.put(next(run.data.evaluation(1)))
         lowered = run.step.lower(abstract, example)
     start = None
-    if settings.init_from and not checkpoint.exists(workdir):
+    if settings.get("init_from") and not checkpoint.exists(workdir):
         start = parameters_of(settings.init_from, abstract.params)
     config.claim(workdir, settings, MAY_CHANGE)
     summary = {

@@ -315,7 +315,10 @@ def test_a_run_starts_with_the_parameters_of_another(tmp_path, workdir):
     train.train(settings, other)
     wanted, found = (checkpoint.restore_params(str(path))[1] for path in (source, other))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-15), found, wanted)
-    shutil.rmtree(source)  # the run goes on without it
+    shutil.rmtree(source)  # the run goes on without it, and where the setting is not known
+    assert train.train(settings, other)["finished"]
+    with settings.unlocked():
+        del settings.init_from
     assert train.train(settings, other)["finished"]
 
 
