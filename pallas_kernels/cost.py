@@ -21,6 +21,10 @@ from pallas_kernels.ops import OPS, arguments, function, work
 
 HERE = pathlib.Path(__file__).parent
 COMPILED = HERE / "compiled.json"
+# What names a row of the table of memory, and one of the table of costs.
+CASE = ("op", "decay", "dtype", "width", "generation")
+NAMED = ("op", "decay", "direction", "generation")
+WORK = ("flops", "bytes")
 DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
@@ -50,9 +54,6 @@ def main():
     }
     COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_tables(found)
-
-
-CASE = ("op", "decay", "dtype", "width", "generation")
 
 
 def versions() -> dict[str, str]:
@@ -135,17 +136,8 @@ def markdown(head, rows) -> str:
 def cost_table(found: dict) -> str:
     measured = found["plain"]["costs"] if found["plain"] else []
     plain = {tuple(row[n] for n in NAMED): row for row in measured}
-    head = [
-        "op",
-        "decay",
-        "direction",
-        "TPU",
-        "kernels",
-        "rest",
-        "plain form",
-        "bound by arithmetic",
-    ]
-    head += ["bound by memory", "MXU busy"]
+    figures = "kernels", "rest", "plain form", "bound by arithmetic", "bound by memory", "MXU busy"
+    head = ["op", "decay", "direction", "TPU", *figures]
     rows = []
     for row in found["costs"]:
         other = plain.get(tuple(row[n] for n in NAMED))
@@ -162,10 +154,6 @@ def cost_table(found: dict) -> str:
             ]
         )
     return markdown(head, rows)
-
-
-NAMED = ("op", "decay", "direction", "generation")
-WORK = ("flops", "bytes")
 
 
 def memory_table(rows: list[dict]) -> str:

@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import contract
 import jax
 import jax.numpy as jnp
 import kernel_checks
@@ -93,7 +94,7 @@ def test_a_walk_in_parallel_is_found(module, monkeypatch):
     fake = SimpleNamespace(CompilerParams=lambda **_: parallel)
     monkeypatch.setattr(module, "pltpu", fake)
     op = module.__name__.split(".")[1]
-    with pytest.raises(Exception, match="RACE|race|not finite|off, at most"):
+    with pytest.raises(Exception, match="RACE DETECTED|not finite|off, at most"):
         check(NAMED[f"{op}-resets"], RACE)
 
 
@@ -101,7 +102,7 @@ def test_a_walk_in_parallel_is_found(module, monkeypatch):
 @pytest.mark.parametrize("name", ["no_decay_resets", "gate_mixed"])
 def test_the_chunked_reference_is_the_token_loop(op, name):
     spec, reference = NAMED[f"{op}-{name}"].spec, OPS[op][1]
-    with kernel_checks.enable_x64():
+    with contract.x64(True):
         wanted = kernel_checks.results(reference.sequential, spec, jnp.float64)
         found = kernel_checks.results(partial(reference.chunked, chunk=16), spec, jnp.float64)
     for leaf, value in wanted.items():
