@@ -335,7 +335,9 @@ def unit_lower_inverses(lowers, like):
 
     The inverse of blocks of b places on the diagonal becomes that of blocks of 2 b by
     X <- X - X L' X, L' what joins the two halves of each block. Exact for equal keys, and nothing
-    on the way is larger than the inverse; powers of L grow without bound.
+    on the way is larger than the inverse; powers of L grow without bound. In bfloat16 this X has
+    all factors rounded, and X + X (E + E E) with its residual E = I - (I + L) X is as near as with
+    factors in two parts: the terms left out are X E^3.
     """
     size = lowers[0].shape[0]
     i, j = places(size)
@@ -343,29 +345,35 @@ def unit_lower_inverses(lowers, like):
     def joins(bits):
         return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits != j >> bits)
 
-    found = [jnp.where(i == j, 1.0, jnp.where(joins(0), -x, 0.0)) for x in lowers]
-    lowers = [parts(x, like) for x in lowers]
+    unit = jnp.where(i == j, 1.0, 0.0)
+    found = [unit - jnp.where(joins(0), x, 0) for x in lowers]
+    rounded = [x.astype(like) for x in lowers]
     for bits in range(1, size.bit_length() - 1):
-        split = [parts(x, like) for x in found]
-        joined = [[jnp.where(joins(bits), part, 0) for part in x] for x in lowers]
-        inner = [
-            dot_in_parts(_second(x, 1 << bits), y, 1, 0) for x, y in zip(joined, split, strict=True)
-        ]
-        inner = [parts(_spread(x, 1 << bits), like) for x in inner]
-        changes = [
-            dot_in_parts(_second(x, 1 << bits), y, 1, 0) for x, y in zip(split, inner, strict=True)
-        ]
-        found = [x - _spread(y, 1 << bits) for x, y in zip(found, changes, strict=True)]
-    return found
+        half = 1 << bits
+        factors = [x.astype(like) for x in found]
+        joined = [_second(jnp.where(joins(bits), x, 0), half) for x in rounded]
+        inner = [dot(x, y, 1, 0) for x, y in zip(joined, factors, strict=True)]
+        inner = [_spread(x.astype(like), half) for x in inner]
+        changes = [dot(_second(x, half), y, 1, 0) for x, y in zip(factors, inner, strict=True)]
+        found = [x - _spread(y, half) for x, y in zip(found, changes, strict=True)]
+    if like == jnp.float32:
+        return found
+    factors = [x.astype(like) for x in found]
+    errors = [
+        unit - x.astype(jnp.float32) - dot_in_parts(parts(y, like), (x,), 1, 0)
+        for x, y in zip(factors, lowers, strict=True)
+    ]
+    rests = [x.astype(like) for x in errors]
+    rests = [(x + dot(y, y, 1, 0)).astype(like) for x, y in zip(errors, rests, strict=True)]
+    return [x.astype(jnp.float32) + dot(x, y, 1, 0) for x, y in zip(factors, rests, strict=True)]
 
 
-def _second(arrays, half: int):
+def _second(x, half: int):
     """The rows of the second halves of blocks of 2 half rows, which are those that change; all
     rows where half is no whole number of tiles."""
     if half < 16:
-        return arrays
-    starts = range(half, arrays[0].shape[0], 2 * half)
-    return [jnp.concatenate([x[n : n + half] for n in starts]) for x in arrays]
+        return x
+    return jnp.concatenate([x[n : n + half] for n in range(half, x.shape[0], 2 * half)])
 
 
 def _spread(x, half: int):

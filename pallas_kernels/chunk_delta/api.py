@@ -46,7 +46,8 @@ def chunk_delta(
       ValueError: shapes that do not fit together.
     """
     sizes = dict(width=q.shape[-1], size=v.shape[-1], like=v)
-    size_of = functools.partial(common.vmem, **sizes, states=28, pairs=22)
+    pairs = 22 if v.dtype == jnp.float32 else 12
+    size_of = functools.partial(common.vmem, **sizes, states=28, pairs=pairs)
     call = common.call(
         NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of, beta=beta
     )

@@ -5,6 +5,7 @@ from typing import Any
 from pallas_kernels.specs import HALF, Spec, shared
 
 LONG: dict[str, Any] = {"T": 128, "chunk": 64}
+FULL: dict[str, Any] = {"T": 384, "chunk": 128, "H": 1, "K": 128, "V": 128, "dtype": "bfloat16"}
 SPECS = (
     *shared(beta=(0.0, 2.0)),
     Spec(name="equal_keys", **LONG, keys="equal", decay="none", beta=(1.0, 1.0)),
@@ -14,4 +15,7 @@ SPECS = (
     Spec(name="beta_0", T=48, chunk=16, beta=(0.0, 0.0)),
     Spec(name="bf16_alike_keys", **HALF, keys="cosine", gate=0.1, beta=(0.95, 0.95)),
     Spec(name="bf16_equal_keys", **HALF, keys="equal", gate=0.1, beta=(1.0, 1.0)),
+    Spec(name="bf16_full_alike_keys", **FULL, keys="cosine", gate=0.1, beta=(1.5, 2.0)),
+    Spec(name="bf16_full_equal_keys", **FULL, keys="equal", decay="none", beta=(1.0, 1.0)),
+    Spec(name="bf16_full_slow", **FULL, gate=0.01, beta=(0.0, 2.0)),
 )

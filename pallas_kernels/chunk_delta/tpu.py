@@ -10,8 +10,9 @@ doubling blocks (`common.unit_lower_inverses`), of all heads together. One grid 
 group of heads, read as it lies in [B, T, H, D] and turned to [heads, C, D] on the chip. Bytes a
 token and head: those of q, k, v and o, 4 for beta, 16 for the decay and, when gradients follow,
 4 K V / C + 4 C of the state in front of each chunk and the inverse. float32 or bfloat16; products
-of float32 are exact to float32. With bfloat16 float32 factors are rounded only where no terms
-cancel: between alike keys R holds differences of values and S sums of them (`common.dot_in_parts`).
+of float32 are exact to float32. With bfloat16, float32 factors are rounded only where that moves
+less than the rounding of o does; elsewhere a factor is the sum of two arrays
+(`common.dot_in_parts`): between alike keys R holds differences of values and S sums of them.
 """
 
 from functools import partial
@@ -82,14 +83,14 @@ def kernel(*refs, gated, keep, scale):
         decay, inverse = decayed[head], inverses[head]
         if keep:
             kept[0][head], kept[1][head] = state, inverse
-        read = dot_in_parts((jnp.concatenate([q, k]),), split(state), 1, 0)
+        read = dot(jnp.concatenate([q, k]), state.astype(dtype), 1, 0)
         asked, known = (times(x, decay.since_start) for x in halves(read))
-        rows = dot_in_parts(split(inverse), split(beta[:, head : head + 1] * (v - known)), 1, 0)
-        rows = split(rows)
-        answer = asked + dot_in_parts(split(scored[head]), rows, 1, 0)
+        wanted = beta[:, head : head + 1] * (v - known)
+        rows = dot_in_parts(split(inverse), (wanted.astype(dtype),), 1, 0)
+        answer = asked + dot_in_parts(split(scored[head]), split(rows), 1, 0)
         outputs.append((scale * answer).astype(dtype))
-        written = split(times(k, decay.to_end))
-        state_ref[head] = times(state, decay.through) + dot_in_parts(written, rows, 0, 0)
+        added = dot_in_parts((k,), split(times(rows, decay.to_end)), 0, 0)
+        state_ref[head] = times(state, decay.through) + added
     o_ref[...] = turned(jnp.stack(outputs))
 
 
