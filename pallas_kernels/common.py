@@ -33,10 +33,12 @@ def interpreted(platform: str = "tpu", how=True):
 
 
 def target(platform: str | None):
-    """(how to interpret or False, platform); of the default backend when none is given."""
-    if _interpreted and platform in (None, _interpreted[-1][1]):
-        return _interpreted[-1]
-    return False, platform or jax.default_backend()
+    """(how to interpret or False, platform, its generation or ""); of the default backend when none
+    is given."""
+    platform, _, generation = (platform or "").partition(" ")
+    if _interpreted and platform in ("", _interpreted[-1][1]):
+        return *_interpreted[-1], generation
+    return False, platform or jax.default_backend(), generation
 
 
 def padded(tree, chunk: int):
@@ -53,7 +55,10 @@ def padded(tree, chunk: int):
 
 CHUNKS = (128, 64, 32, 16)
 WIDTHS = (64, 128, 256)
-VMEM = 15.5 * 2**20  # bytes that a kernel may take: the smallest chip has 16 MiB
+MIB = 2**20
+# Bytes of VMEM that a kernel may take by our count on a v4, which has 16 MiB, and on later TPUs,
+# which have 64 or more; and the limit that the compiler is told there.
+SMALL, LARGE, LIMIT = int(15.5 * MIB), 40 * MIB, 60 * MIB
 
 
 class Block(NamedTuple):
@@ -64,12 +69,14 @@ class Block(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What a kernel is compiled for. interpret: that of `pallas_call`."""
+    """What a kernel is compiled for. interpret: that of `pallas_call`. limit: of its VMEM in bytes;
+    None for the compiler's own."""
 
     scale: float
     chunk: int
     heads: int
     interpret: Any
+    limit: int | None
 
 
 class Call(NamedTuple):
@@ -84,12 +91,13 @@ def call(
 ) -> Call:
     """What an op hands to its kernel; NotImplementedError when that does not serve."""
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
-    interpret, platform = target(platform)
+    interpret, platform, generation = target(platform)
     if platform != "tpu":
         raise NotImplementedError(
             f"{name} has a kernel for tpu, none for {platform}; use a plain form"
         )
-    block = plan(name, q, k, v, g, chunk, size_of)
+    small = has_small_memory(generation)
+    block = plan(name, q, k, v, g, chunk, size_of, SMALL if small else LARGE)
     batch, _, heads, size = v.shape
     width = q.shape[-1]
     q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
@@ -98,7 +106,8 @@ def call(
     if g is None and reset is not None:
         g = jnp.zeros(v.shape[:3])
     g, initial_state = jax.tree.map(lambda a: a.astype(jnp.float32), (g, initial_state))
-    static = Static(float(width**-0.5 if scale is None else scale), *block, interpret)
+    scale = float(width**-0.5 if scale is None else scale)
+    static = Static(scale, *block, interpret, None if small else LIMIT)
     # A token of zeros changes nothing.
     return Call(static, (*padded((q, k, v, g, reset), block.chunk), initial_state))
 
@@ -127,29 +136,37 @@ def check_shapes(name: str, q, k, v, beta, g, initial_state, reset) -> None:
         raise ValueError(f"{name}: {fewer} heads of q and k do not divide the {heads} of v")
 
 
-def vmem(tokens: int, heads: int, width: int, size: int, like, *, states: int, pairs: int) -> int:
+def has_small_memory(generation: str) -> bool:
+    """Whether kernels have to fit a v4; so where the TPU's generation is not known."""
+    if not generation and jax.default_backend() == "tpu":
+        return jax.devices()[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+    return generation in ("", "v4")
+
+
+def vmem(
+    tokens: int, heads: int, width: int, size: int, like, *, states: int, pairs: int, logs: int
+) -> int:
     """Bytes of VMEM of a backward kernel, about what is compiled for v4, which needs most.
 
     7 arrays of tokens, each in two buffers and turned once (float32 ones twice); `states` bytes for
-    each number of the heads' states, and `pairs` arrays [C, C] of each head that leave the
-    registers.
+    each number of the heads' states, `pairs` arrays [C, C] of each head that leave the registers,
+    and `logs` float32 arrays [C, K].
     """
     width, size = max(width, 128), max(size, 128)  # lanes
     copies = 4 if like.dtype == jnp.float32 else 3
     rows = tokens * (heads + -heads % 8)
     of_tokens = copies * rows * (4 * width + 3 * size) * like.dtype.itemsize
+    of_tokens += logs * rows * width * 4
     return of_tokens + heads * (states * width * size + pairs * tokens**2 * 4)
 
 
-def plan(name: str, q, k, v, g, chunk, size_of) -> Block:
-    """The largest block that fits; NotImplementedError when the kernel does not serve.
+def plan(name: str, q, k, v, g, chunk, size_of, room: int) -> Block:
+    """The largest block that fits a TPU; NotImplementedError when the kernel does not serve.
 
-    size_of: (tokens, heads) -> bytes of VMEM.
+    size_of: (tokens, heads) -> bytes of VMEM. room: those that it may take.
     """
     length, count, size = v.shape[1:]
     width = q.shape[-1]
-    if g is not None and g.ndim == 4:
-        raise NotImplementedError(f"{name} has no kernel for a decay of each channel yet")
     if not q.dtype == k.dtype == v.dtype or v.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(
             f"{name} takes q, k, v all float32 or all bfloat16; given {q.dtype}, {k.dtype}, "
@@ -163,11 +180,13 @@ def plan(name: str, q, k, v, g, chunk, size_of) -> Block:
         raise NotImplementedError(f"{name} takes chunks of {CHUNKS}; given {chunk}")
     heads = 8 if count % 8 == 0 else count
     longest = chunk or max(CHUNKS[-1], 1 << (length - 1).bit_length())
-    for tokens in (chunk,) if chunk else CHUNKS:
-        if tokens <= longest and size_of(tokens, heads) <= VMEM:
+    # With a decay of each channel longer chunks cost as much.
+    chunks = CHUNKS if g is None or g.ndim == 3 else CHUNKS[1:]
+    for tokens in (chunk,) if chunk else chunks:
+        if tokens <= longest and size_of(tokens, heads) <= room:
             return Block(tokens, heads)
     raise NotImplementedError(
-        f"{name} does not fit the memory of a TPU core: {heads} heads of {width} x {size} "
+        f"{name} does not fit {room // MIB} MiB of a TPU core: {heads} heads of {width} x {size} "
         f"{v.dtype} at once" + (f" in chunks of {chunk}" if chunk else "") + "; use bfloat16, "
         "smaller heads, or a number of them that 8 divides"
     )
@@ -208,7 +227,7 @@ def log_decay_sums(g, reset, static: Static):
     """
     if g is None:
         return ()
-    _, chunk, heads, _ = static
+    chunk, heads = static.chunk, static.heads
     batch, length, count = g.shape
     g = jnp.maximum(g, LOWEST)
     whole = jnp.round(g)
@@ -224,8 +243,11 @@ def log_decay_sums(g, reset, static: Static):
 
 
 def clipped(dg, g):
-    """The gradient of g from its columns, none where it is below LOWEST."""
-    return None if g is None else jnp.where(g < LOWEST, 0, by_token(dg))
+    """The gradient of g from what kernels write: columns of heads, which have one where g is below
+    LOWEST too, or dg itself."""
+    if g is None or g.ndim == 4:
+        return dg
+    return jnp.where(g < LOWEST, 0, by_token(dg))
 
 
 def by_chunk(x, static: Static):
@@ -241,50 +263,9 @@ def by_token(columns):
     return jnp.moveaxis(columns, 1, 3).reshape(batch, chunks * chunk, groups * heads)
 
 
-class Decays(NamedTuple):
-    """Of one head in one chunk, None where there is no decay. pairs [C, C], zero where j > i;
-    since_start, to_end [C, 1]; through [1, 1]."""
-
-    pairs: Any = None
-    since_start: Any = None
-    to_end: Any = None
-    through: Any = None
-
-
-def decays(sums, head: int, heads: int) -> Decays:
-    """From the sums of a chunk: columns [C, 2 heads] and rows [2 heads, C], or (). Masked before
-    exp; all exponents are at most 0."""
-    if not sums:
-        return Decays()
-    columns, rows = sums
-    whole, part = (columns[:, i : i + 1] for i in (head, heads + head))
-    whole_row, part_row = (rows[i : i + 1] for i in (head, heads + head))
-    exponent = (whole - whole_row) + (part - part_row)
-    i, j = places(exponent.shape[0])
-    return Decays(
-        jnp.exp(jnp.where(i >= j, exponent, -jnp.inf)),
-        jnp.exp(whole + part),
-        jnp.exp((whole[-1:] - whole) + (part[-1:] - part)),
-        jnp.exp(whole[-1:] + part[-1:]),
-    )
-
-
 def places(size: int):
     """Row and column of every place of [size, size]."""
     return tuple(lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-
-
-def lower(x, pairs):
-    """x [C, C] times the decays of pairs; zero where j > i."""
-    if pairs is not None:
-        return x * pairs
-    i, j = places(x.shape[0])
-    return jnp.where(i >= j, x, 0)
-
-
-def times(x, factor):
-    """x times what may be None for 1."""
-    return x if factor is None else x * factor
 
 
 def log_decay_gradient(products, asking, writing, carrying, *, like):
@@ -316,6 +297,11 @@ def parts(x, like):
         return (x,)
     main = x.astype(jnp.bfloat16)
     return main, (x - main.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def rounded(x, like):
+    """x in the op's dtype, as the only one of its parts."""
+    return (x.astype(like),)
 
 
 def dot_in_parts(a, b, of_a: int, of_b: int):
@@ -414,6 +400,10 @@ class Blocks:
         """[per_head heads, C]."""
         shape = (None, None, None, per_head * self.heads, self.chunk)
         return pl.BlockSpec(shape, lambda b, g, n: (b, g, self._at(n), 0, 0))
+
+    def marks(self):
+        """[C, 1] of [B, N, C, 1]."""
+        return pl.BlockSpec((None, None, self.chunk, 1), lambda b, g, n: (b, self._at(n), 0, 0))
 
     def state(self, width: int, size: int):
         """[heads, K, V] of [B, H, K, V], the same for all chunks: one buffer is enough."""

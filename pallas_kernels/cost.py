@@ -66,11 +66,11 @@ def costs(plain: bool) -> Iterator[dict]:
     number = math.prod(SHAPE[:3])
     for (op, decay), runs in OPS.items():
         for direction in DIRECTIONS:
-            options = {} if plain else {"platform": "tpu"}
-            fn = function(runs[plain], direction, **options)
             arrays = arguments(op, decay, SHAPE, jnp.bfloat16)
             given = (arrays,) if direction == "forward" else (arrays, arrays["v"])
             for generation in PEAKS if plain else deviceless.TOPOLOGIES:
+                options = {} if plain else {"platform": f"tpu {generation}"}
+                fn = function(runs[plain], direction, **options)
                 cost = deviceless.cost(generation, fn, *given)
                 row: dict = {
                     "op": op,
@@ -90,7 +90,7 @@ def costs(plain: bool) -> Iterator[dict]:
 
 def compiled(op, decay, dtype, width, generation) -> dict:
     """VMEM and spills of the kernels of one case, forward and backward; or why it is refused."""
-    fn = function(OPS[op, decay][0], "both", platform="tpu")
+    fn = function(OPS[op, decay][0], "both", platform=f"tpu {generation}")
     given = arguments(op, decay, (1, 1024, 8, width), jnp.dtype(dtype))
     print(op, decay, dtype, width, generation, flush=True)
     try:

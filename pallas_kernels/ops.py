@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from pallas_kernels.chunk_linear.api import chunk_linear
 OPS = {
     ("chunk_linear", "none"): (chunk_linear, linear.chunked),
     ("chunk_linear", "head"): (chunk_linear, linear.chunked),
+    ("chunk_linear", "channel"): (chunk_linear, partial(linear.chunked, chunk=16)),
     ("chunk_delta", "none"): (chunk_delta, delta.chunked),
     ("chunk_delta", "head"): (chunk_delta, delta.chunked),
+    ("chunk_delta", "channel"): (chunk_delta, partial(delta.chunked, chunk=16)),
 }
 
 
@@ -25,7 +28,8 @@ def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
     given |= {"beta": rate} if op == "chunk_delta" else {}
-    return given | ({} if decay == "none" else {"g": rate})
+    logs = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return given | {"none": {}, "head": {"g": rate}, "channel": {"g": logs}}[decay]
 
 
 def function(run, direction, **options):

@@ -13,10 +13,11 @@ class Spec:
     """Shapes and hard inputs of one case.
 
     beta: the range of the delta rule's rates, None without one. decay: "none", "head" (one for
-    each head). gate: what the log decays of softplus size are multiplied by. strong: a further
-    factor of one in twenty, up to infinity. keys: "random", "equal", "cosine" (.9 with each other),
-    of this norm. resets: tokens of the first row where a document begins. tags: "fast" (part of
-    `make test`), "race" (also run by the interpreter that detects races).
+    each head), "channel" (one for each of its K). gate: what the log decays of softplus size are
+    multiplied by. strong: a further factor of one in twenty, up to infinity. keys: "random",
+    "equal", "cosine" (.9 with each other), of this norm. resets: tokens of the first row where a
+    document begins. tags: "fast" (part of `make test`), "race" (also run by the interpreter that
+    detects races).
     """
 
     name: str
@@ -56,8 +57,9 @@ class Spec:
         k = self.norm * k
         v = rng.standard_normal((self.B, self.T, self.H, self.V))
         g = reset = state = None
-        if self.decay == "head":
-            g = -np.logaddexp(0, rng.standard_normal((self.B, self.T, self.H)) - 2)
+        if self.decay != "none":
+            shape = (self.B, self.T, self.H, *((self.K,) if self.decay == "channel" else ()))
+            g = -np.logaddexp(0, rng.standard_normal(shape) - 2)
             g = self.gate * g * np.where(rng.random(g.shape) < 0.05, self.strong, 1)
             g = g.astype(np.float32)
         if self.resets:
@@ -88,8 +90,9 @@ HALF: dict[str, Any] = {"T": 96, "chunk": 32, "dtype": "bfloat16"}
 
 
 def shared(**more) -> tuple[Spec, ...]:
-    """The cases of every op with a decay for each head; more: what they have besides."""
+    """The cases of every op; more: what they have besides."""
     case = partial(Spec, **more)
+    channel: dict[str, Any] = {"T": 48, "chunk": 16, "decay": "channel"}
     resets: dict[str, Any] = {"T": 53, "B": 2, "resets": (0, 7, 16, 20, 52)}
     return (
         case(name="one_chunk", T=32, chunk=32, tags=("race",)),
@@ -116,4 +119,16 @@ def shared(**more) -> tuple[Spec, ...]:
         case(name="bf16_no_decay", **HALF, decay="none"),
         case(name="bf16_extreme", **HALF, gate=60.0),
         case(name="bf16_groups", **HALF, H=8, key_heads=2, gate=0.1),
+        case(name="channel", **channel, tags=("fast", "race")),
+        case(name="channel_resets", **channel, B=2, resets=(0, 7, 16, 20, 47), tags=("race",)),
+        case(name="channel_all_resets", **channel, resets=tuple(range(48))),
+        case(name="channel_extreme", **{**channel, "T": 128, "chunk": 64}, gate=60.0, resets=(9,)),
+        case(name="channel_mixed", **{**channel, "T": 83, "chunk": 64}, gate=0.1, strong=1e4),
+        case(name="channel_infinite", **channel, strong=math.inf),
+        case(name="channel_gate_1", **channel, gate=0.0),
+        case(name="channel_groups", **channel, B=2, H=8, key_heads=2, resets=(3, 20)),
+        case(name="channel_wide", **channel, K=128, V=256),
+        case(name="channel_bf16", **HALF, decay="channel", resets=(40,), tags=("race",)),
+        case(name="channel_bf16_extreme", **HALF, decay="channel", gate=60.0),
+        case(name="channel_bf16_slow", **HALF, decay="channel", gate=0.01),
     )

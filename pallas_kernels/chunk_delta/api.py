@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import common
+from pallas_kernels import common, decays
 from pallas_kernels.chunk_delta import tpu, tpu_vjp
 
 NAME = "chunk_delta"
@@ -19,20 +19,22 @@ def chunk_delta(
     """P_t = exp(g_t) S_{t-1}, S_t = P_t + beta_t k_t (v_t - P_t^T k_t)^T, o_t = scale S_t^T q_t.
 
     DeltaNet (Schlag et al. 2021, arXiv 2102.11174; in chunks: Yang et al. 2024, arXiv 2406.06484);
-    with a decay for each head Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, Eq. 10).
+    with a decay for each head Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464, Eq. 10), with one
+    for each channel KDA (Kimi Team 2025, arXiv 2510.26692).
 
     Args:
       q, k: [B, T, h, K], h dividing H; head i of H takes head i h // H. K 64, 128 or 256. A
         contraction for unit-norm keys.
-      v: [B, T, H, V], V 64, 128 or 256. All three float32 or all bfloat16; K = V = 256 only in
-        bfloat16.
+      v: [B, T, H, V], V 64, 128 or 256. All three float32 or all bfloat16.
       beta: [B, T, H], 0 to 2, taken as float32; what is below 2^-100 is 2^-100.
-      g: [B, T, H], log decay <= 0, taken as float32; None for no decay.
+      g: log decay <= 0, taken as float32: [B, T, H] for each head, [B, T, H, K] for each row of
+        S; None for no decay.
       initial_state: [B, H, K, V], finite; None for zero.
       reset: bool [B, T], True where the state is emptied before the token is written.
       scale: a Python number; None for K ** -0.5.
       chunk: tokens in a chunk, 16, 32, 64 or 128; None chooses. Changes speed only.
-      platform: "tpu"; None for the default backend.
+      platform: "tpu", or with its generation, such as "tpu v5e", without which blocks fit a v4;
+        None for the default backend.
 
     Returns:
       o [B, T, H, V] in the dtype of v, and the last state, float32 [B, H, K, V]. Both, and the
@@ -45,9 +47,15 @@ def chunk_delta(
       NotImplementedError: no kernel serves this platform, dtype, shape or chunk.
       ValueError: shapes that do not fit together.
     """
-    sizes = dict(width=q.shape[-1], size=v.shape[-1], like=v)
-    pairs = 22 if v.dtype == jnp.float32 else 12
-    size_of = functools.partial(common.vmem, **sizes, states=28, pairs=pairs)
+    size_of = functools.partial(
+        common.vmem,
+        width=q.shape[-1],
+        size=v.shape[-1],
+        like=v,
+        states=28,
+        pairs=22 if v.dtype == jnp.float32 else 12,
+        logs=0 if g is None or g.ndim == 3 else 40,
+    )
     call = common.call(
         NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of, beta=beta
     )
@@ -66,8 +74,8 @@ def _op(static, q, k, v, beta, g, reset, initial):
 
 
 def _forward(static, q, k, v, beta, g, reset, initial, keep):
-    sums, columns = common.log_decay_sums(g, reset, static), _columns(beta, static)
-    return tpu.forward(q, k, v, columns, sums, initial, keep=keep, **static._asdict())
+    decaying, columns = decays.arrays(g, reset, static), _columns(beta, static)
+    return tpu.forward(q, k, v, columns, decaying, initial, keep=keep, **static._asdict())
 
 
 def _op_forward(static, q, k, v, beta, g, reset, initial):
@@ -78,9 +86,9 @@ def _op_forward(static, q, k, v, beta, g, reset, initial):
 
 def _op_backward(static, saved, cotangents):
     q, k, v, beta, g, reset, kept = saved
-    sums, columns = common.log_decay_sums(g, reset, static), _columns(beta, static)
+    decaying, columns = decays.arrays(g, reset, static), _columns(beta, static)
     dq, dk, dv, dbeta, dg, dinitial = tpu_vjp.backward(
-        q, k, v, columns, sums, kept, *cotangents, **static._asdict()
+        q, k, v, columns, decaying, kept, *cotangents, **static._asdict()
     )
     return dq, dk, dv, common.by_token(dbeta), common.clipped(dg, g), None, dinitial
 

@@ -4,9 +4,9 @@
     S_t = P_t + beta_t k_t (v_t - P_t^T k_t)^T
     o_t = scale S_t^T q_t
 
-q, k: [B, T, H, K]. v: [B, T, H, V]. beta: [B, T, H]. g: [B, T, H], log decay <= 0, or None for no
-decay. reset: bool [B, T] or None. initial_state: [B, H, K, V] or None for zero. Returns
-o [B, T, H, V] and the last state [B, H, K, V].
+q, k: [B, T, H, K]. v: [B, T, H, V]. beta: [B, T, H]. g: log decay <= 0, [B, T, H] or for each row
+of S [B, T, H, K], or None for no decay. reset: bool [B, T] or None. initial_state: [B, H, K, V] or
+None for zero. Returns o [B, T, H, V] and the last state [B, H, K, V].
 """
 
 import functools
@@ -29,7 +29,7 @@ def sequential(q, k, v, beta, g=None, reset=None, initial_state=None, scale=None
         if reset is not None:
             state = jnp.where(reset[:, None, None, None], 0, state)
         if g is not None:
-            state = jnp.exp(g)[..., None, None] * state
+            state = jnp.exp(g.reshape(batch, heads, -1, 1)) * state
         error = beta[..., None] * (v - dot("bhk,bhkv->bhv", k, state))
         state = state + k[..., :, None] * error[..., None, :]
         return state, scale * dot("bhk,bhkv->bhv", q, state)
@@ -55,37 +55,45 @@ def chunked(q, k, v, beta, g=None, reset=None, initial_state=None, scale=None, c
         a = a.reshape(batch, length // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)
         return a if a.ndim < 4 else a.swapaxes(2, 3)  # [N, B, H, C, ...]
 
+    def products(a, b):
+        if pairs.shape[-1] == 1:
+            return dot("...ik,...jk->...ij", a, b) * pairs[..., 0]
+        return dot("...ik,...jk,...ijk->...ij", a, b, pairs)
+
     def exp(mask, exponent):
         return jnp.exp(jnp.where(mask, exponent, -jnp.inf))
 
     state = initial_state
     if state is None:
         state = jnp.zeros((batch, heads, width, v.shape[-1]), wide)
-    q, k, v, beta = (split(a) for a in (q, k, v, beta))
-    g = jnp.zeros(beta.shape, wide) if g is None else split(g)
+    g = jnp.zeros(beta.shape, wide) if g is None else g
+    q, k, v, beta, g = (split(a) for a in (q, k, v, beta, g.reshape(batch, length, heads, -1)))
     last = jnp.tril(jnp.ones((chunk, chunk), bool))
     same = first = ending = jnp.array(True)
     if reset is not None:
         document = jnp.cumsum(split(reset), axis=2)[:, :, None]
         same = document[..., :, None] == document[..., None, :]
-        first, ending = document == 0, document == document[..., -1:]
-    total = jnp.cumsum(g, axis=-1)
-    pairs = exp(last & same, total[..., :, None] - total[..., None, :])
-    since_start, to_end = exp(first, total), exp(ending, total[..., -1:] - total)
-    seen = since_start[..., None] * k
-    solve = _inverse(beta[..., None] * jnp.tril(dot("...ik,...jk->...ij", k, k) * pairs, -1))
+        first, ending = (
+            mask[..., None] for mask in (document == 0, document == document[..., -1:])
+        )
+    total = jnp.cumsum(g, axis=-2)
+    visible = (last & same)[..., None]
+    pairs = exp(visible, total[..., :, None, :] - total[..., None, :, :])  # [..., C, C, 1 or K]
+    since_start, to_end = exp(first, total), exp(ending, total[..., -1:, :] - total)
+    seen = since_start * k
+    solve = _inverse(beta[..., None] * jnp.tril(products(k, k), -1))
     solve = solve * beta[..., None, :]
 
     def walk(state, x):
         solve, v, seen, written, through = x
         rows = dot("...ij,...jv->...iv", solve, v - dot("...ik,...kv->...iv", seen, state))
-        new = through[..., None, None] * state + dot("...ik,...iv->...kv", written, rows)
+        new = through[..., None] * state + dot("...ik,...iv->...kv", written, rows)
         return new, (state, rows)
 
-    xs = solve, v, seen, k * to_end[..., None], since_start[..., -1]
+    xs = solve, v, seen, k * to_end, since_start[..., -1, :]
     final, (starts, rows) = lax.scan(walk, state, xs)
-    o = dot("...ij,...jv->...iv", dot("...ik,...jk->...ij", q, k) * pairs, rows)
-    o = o + dot("...ik,...kv->...iv", q * since_start[..., None], starts)
+    o = dot("...ij,...jv->...iv", products(q, k), rows)
+    o = o + dot("...ik,...kv->...iv", q * since_start, starts)
     o = scale * o.transpose(1, 0, 3, 2, 4).reshape(batch, length, heads, -1)
     return o.astype(v.dtype), final
 

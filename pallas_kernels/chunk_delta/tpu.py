@@ -1,18 +1,18 @@
 """The delta rule on TPU, forward: one walk over chunks of C tokens, state on the chip.
 
-    (I + L) R = beta (V - (K e^G) S),  L_ij = beta_i e^{G_i - G_j} k_i . k_j, j < i
-    O = scale ((Q e^G) S + (e^{G_i - G_j} . Q K^T, j <= i) R)
+    (I + L) R = beta (V - (K e^G) S),  L = beta (K.D.K), j < i       .D. in decays.py
+    O = scale ((Q e^G) S + (Q.D.K) R)
     S <- e^{G_C} S + (K e^{G_C - G})^T R
 
 S [K, V] is the state in front of the chunk, float32, G the sum of the log decays since the chunk's
-start (0 without decay), R [C, V] what is written at the tokens' keys. (I + L)^-1 is made by
-doubling blocks (`common.unit_lower_inverses`), of all heads together. One grid step is a chunk of a
-group of heads, read as it lies in [B, T, H, D] and turned to [heads, C, D] on the chip. Bytes a
-token and head: those of q, k, v and o, 4 for beta, 16 for the decay and, when gradients follow,
-4 K V / C + 4 C of the state in front of each chunk and the inverse. float32 or bfloat16; products
-of float32 are exact to float32. With bfloat16, float32 factors are rounded only where that moves
-less than the rounding of o does; elsewhere a factor is the sum of two arrays
-(`common.dot_in_parts`): between alike keys R holds differences of values and S sums of them.
+start, one for each head or channel (0 without decay), R [C, V] what is written at the tokens' keys.
+(I + L)^-1 is made by doubling blocks (`common.unit_lower_inverses`), of all heads together. One
+grid step is a chunk of a group of heads, read as it lies in [B, T, H, D] and turned to [heads, C,
+D] on the chip. Bytes a token and head: those of q, k, v and o, 4 for beta, 16 or 4 K for the decay
+and, when gradients follow, 4 K V / C + 4 C of the state in front of each chunk and the inverse.
+float32 or bfloat16; products of float32 are exact to float32. With bfloat16, float32 factors are
+rounded only where that moves less than the rounding of o does; elsewhere a factor is the sum of two
+arrays (`common.dot_in_parts`): between alike keys R holds differences of values and S sums of them.
 """
 
 from functools import partial
@@ -22,15 +22,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import decays
 from pallas_kernels.common import (
     Blocks,
-    decays,
-    dot,
     dot_in_parts,
-    lower,
     parts,
     places,
-    times,
     turned,
     unit_lower_inverses,
 )
@@ -42,23 +39,12 @@ def strictly_lower(x):
     return jnp.where(i > j, x, 0)
 
 
-def on_keys(q, k):
-    """q k^T and k k^T."""
-    return halves(dot(jnp.concatenate([q, k]), k, 1, 1))
-
-
-def halves(x):
-    """The upper and the lower half of the rows."""
-    middle = x.shape[0] // 2
-    return x[:middle], x[middle:]
-
-
-def kernel(*refs, gated, keep, scale):
-    """q, k [C, h, K]; v, o [C, h, V]; beta [C, h]; columns [C, 2h], rows [2h, C] if gated; initial,
-    final and, with keep, bounds [h, K, V] and inverses [h, C, C]. The block of the final state
-    carries S along the walk."""
+def kernel(*refs, decaying, keep, scale):
+    """q, k [C, h, K]; v, o [C, h, V]; beta [C, h]; `decaying` arrays of decays.py; initial, final
+    and, with keep, bounds [h, K, V] and inverses [h, C, C]. The block of the final state carries S
+    along the walk."""
     q_ref, k_ref, v_ref, beta_ref, *others = refs
-    sums_refs, (initial_ref, o_ref, state_ref, *kept) = others[: 2 * gated], others[2 * gated :]
+    initial_ref, o_ref, state_ref, *kept = others[decaying:]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -68,38 +54,34 @@ def kernel(*refs, gated, keep, scale):
     queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
     split = partial(parts, like=dtype)
     beta = beta_ref[...]
-    sums = [ref[...] for ref in sums_refs]
-    decayed, scored, lowers = [], [], []
-    for head in range(heads):
-        decay = decays(sums, head, heads)
-        scores, alike = on_keys(queries[head], keys[head])
-        decayed.append(decay)
-        scored.append(lower(scores, decay.pairs))
-        lowers.append(strictly_lower(beta[:, head : head + 1] * times(alike, decay.pairs)))
+    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split)
+    scored, lowers = [], []
+    for head, decay in enumerate(decayed):
+        scores, alike = decay.pairs([queries[head], keys[head]], keys[head], split)
+        scored.append(scores)
+        lowers.append(strictly_lower(beta[:, head : head + 1] * alike))
     inverses = unit_lower_inverses(lowers, dtype)
     outputs = []
-    for head in range(heads):
+    for head, decay in enumerate(decayed):
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
-        decay, inverse = decayed[head], inverses[head]
+        inverse, low = inverses[head], (state.astype(dtype),)
         if keep:
             kept[0][head], kept[1][head] = state, inverse
-        read = dot(jnp.concatenate([q, k]), state.astype(dtype), 1, 0)
-        asked, known = (times(x, decay.since_start) for x in halves(read))
+        asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
         wanted = beta[:, head : head + 1] * (v - known)
         rows = dot_in_parts(split(inverse), (wanted.astype(dtype),), 1, 0)
         answer = asked + dot_in_parts(split(scored[head]), split(rows), 1, 0)
         outputs.append((scale * answer).astype(dtype))
-        added = dot_in_parts((k,), split(times(rows, decay.to_end)), 0, 0)
-        state_ref[head] = times(state, decay.through) + added
+        state_ref[head] = decay.over(state) + decay.into(k, rows, decay.to_end)
     o_ref[...] = turned(jnp.stack(outputs))
 
 
-def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpret):
+def forward(q, k, v, beta, decaying, initial, *, scale, chunk, heads, keep, interpret, limit):
     """(o, final state[, states in front of the chunks [B, N, H, K, V], inverses [B, N, H, C, C],
     both float32]).
 
-    T must be a multiple of chunk and H of heads. beta: columns [B, G, N, C, heads]. sums:
-    `log_decay_sums`'.
+    T must be a multiple of chunk and H of heads. beta: columns [B, G, N, C, heads].
+    decaying: `decays.arrays`.
     """
     batch, length, count, width = q.shape
     size = v.shape[-1]
@@ -111,12 +93,12 @@ def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpre
         for axes in ((width, size), (chunk, chunk))
     ]
     return pl.pallas_call(
-        partial(kernel, gated=bool(sums), keep=keep, scale=scale),
+        partial(kernel, decaying=len(decaying), keep=keep, scale=scale),
         grid=(batch, count // heads, chunks),
         in_specs=[
             *(blocks.tokens(n) for n in (width, width, size)),
             blocks.columns(1),
-            *((blocks.columns(), blocks.rows()) if sums else ()),
+            *decays.specs(decaying, blocks),
             blocks.state(width, size),
         ],
         out_specs=[
@@ -129,8 +111,8 @@ def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpre
             *(array for _, array in kept if keep),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit
         ),
         name="chunk_delta_forward",
         interpret=interpret,
-    )(q, k, v, beta, *sums, initial)
+    )(q, k, v, beta, *decaying, initial)

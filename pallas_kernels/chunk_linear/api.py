@@ -5,7 +5,7 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import common
+from pallas_kernels import common, decays
 from pallas_kernels.chunk_linear import tpu, tpu_vjp
 
 NAME = "chunk_linear"
@@ -18,17 +18,19 @@ def chunk_linear(
 
     Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236); with a decay for each head
     RetNet (Sun et al. 2023, arXiv 2307.08621) and the core of Mamba-2 (Dao & Gu 2024,
-    arXiv 2405.21060).
+    arXiv 2405.21060); with one for each channel GLA (Yang et al. 2023, arXiv 2312.06635).
 
     Args:
       q, k: [B, T, h, K], h dividing H; head i of H takes head i h // H. K 64, 128 or 256.
       v: [B, T, H, V], V 64, 128 or 256. All three float32 or all bfloat16.
-      g: [B, T, H], log decay <= 0, taken as float32; None for no decay.
+      g: log decay <= 0, taken as float32: [B, T, H] for each head, [B, T, H, K] for each row of
+        S; None for no decay.
       initial_state: [B, H, K, V], finite; None for zero.
       reset: bool [B, T], True where the state is emptied before the token is written.
       scale: a Python number; None for K ** -0.5.
       chunk: tokens in a chunk, 16, 32, 64 or 128; None chooses. Changes speed only.
-      platform: "tpu"; None for the default backend.
+      platform: "tpu", or with its generation, such as "tpu v5e", without which blocks fit a v4;
+        None for the default backend.
 
     Returns:
       o [B, T, H, V] in the dtype of v, and the last state, float32 [B, H, K, V]. Both, and the
@@ -41,9 +43,15 @@ def chunk_linear(
       NotImplementedError: no kernel serves this platform, dtype, shape or chunk.
       ValueError: shapes that do not fit together.
     """
-    sizes = dict(width=q.shape[-1], size=v.shape[-1], like=v)
-    states = 14 + 2 * v.dtype.itemsize
-    size_of = functools.partial(common.vmem, **sizes, states=states, pairs=10)
+    size_of = functools.partial(
+        common.vmem,
+        width=q.shape[-1],
+        size=v.shape[-1],
+        like=v,
+        states=14 + 2 * v.dtype.itemsize,
+        pairs=10,
+        logs=0 if g is None or g.ndim == 3 else 32,
+    )
     call = common.call(
         NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of
     )
@@ -57,8 +65,8 @@ def _op(static, q, k, v, g, reset, initial):
 
 
 def _forward(static, q, k, v, g, reset, initial, keep):
-    sums = common.log_decay_sums(g, reset, static)
-    return tpu.forward(q, k, v, sums, initial, keep=keep, **static._asdict())
+    decaying = decays.arrays(g, reset, static)
+    return tpu.forward(q, k, v, decaying, initial, keep=keep, **static._asdict())
 
 
 def _op_forward(static, q, k, v, g, reset, initial):
@@ -68,9 +76,9 @@ def _op_forward(static, q, k, v, g, reset, initial):
 
 def _op_backward(static, saved, cotangents):
     q, k, v, g, reset, bounds = saved
-    sums = common.log_decay_sums(g, reset, static)
+    decaying = decays.arrays(g, reset, static)
     dq, dk, dv, dg, dinitial = tpu_vjp.backward(
-        q, k, v, sums, bounds, *cotangents, **static._asdict()
+        q, k, v, decaying, bounds, *cotangents, **static._asdict()
     )
     return dq, dk, dv, common.clipped(dg, g), None, dinitial
 

@@ -1,13 +1,14 @@
 """Decayed linear attention on TPU, forward: one walk over chunks of C tokens, state on the chip.
 
     S_n = e^{G_C} S_{n-1} + (K e^{G_C - G})^T V         S [K, V] float32, in VMEM for all heads
-    O_n = scale ((Q e^G) S_{n-1} + (e^{G_i - G_j} . Q K^T, j <= i) V)
+    O_n = scale ((Q e^G) S_{n-1} + (Q.D.K) V)           Q.D.K in decays.py
 
-G is the sum of the log decays since the chunk's start. One grid step is a chunk of a group of
-heads, read as it lies in [B, T, H, D] and turned to [heads, C, D] on the chip: no layout change
-around the kernel. Bytes a token and head: those of q, k, v and o, 16 for the decay and, when
-gradients follow, K V / C numbers of the state in front of each chunk. float32 or bfloat16; products
-of float32 are exact to float32, those of bfloat16 take the state and the weights rounded to it.
+G is the sum of the log decays since the chunk's start, one for each head or channel. One grid step
+is a chunk of a group of heads, read as it lies in [B, T, H, D] and turned to [heads, C, D] on the
+chip: no layout change around the kernel. Bytes a token and head: those of q, k, v and o, 16 or 4 K
+for the decay and, when gradients follow, K V / C numbers of the state in front of each chunk.
+float32 or bfloat16; products of float32 are exact to float32, those of bfloat16 take the state and
+the weights rounded to it.
 """
 
 import functools
@@ -17,43 +18,41 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import Blocks, decays, dot, lower, times, turned
+from pallas_kernels import decays
+from pallas_kernels.common import Blocks, dot, rounded, turned
 
 
-def kernel(*refs, gated, keep, scale):
-    """q, k [C, h, K]; v, o [C, h, V]; columns [C, 2h], rows [2h, C] if gated; initial, final and,
-    with keep, bounds [h, K, V]. The block of the final state carries S along the walk."""
+def kernel(*refs, decaying, keep, scale):
+    """q, k [C, h, K]; v, o [C, h, V]; `decaying` arrays of decays.py; initial, final and, with
+    keep, bounds [h, K, V]. The block of the final state carries S along the walk."""
     q_ref, k_ref, v_ref, *others = refs
-    sums_refs, (initial_ref, o_ref, state_ref, *bounds_ref) = (
-        others[: 2 * gated],
-        others[2 * gated :],
-    )
+    initial_ref, o_ref, state_ref, *bounds_ref = others[decaying:]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         state_ref[...] = initial_ref[...]
 
     heads, dtype = q_ref.shape[1], q_ref.dtype
+    split = functools.partial(rounded, like=dtype)
     queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
-    sums = [ref[...] for ref in sums_refs]
     outputs = []
-    for head in range(heads):
+    for head, decay in enumerate(
+        decays.of_heads([r[...] for r in others[:decaying]], heads, split)
+    ):
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
         if keep:
             bounds_ref[0][head] = state.astype(dtype)
-        decay = decays(sums, head, heads)
-        read = times(dot(q, state.astype(dtype), 1, 0), decay.since_start)
-        scores = lower(dot(q, k, 1, 1), decay.pairs).astype(dtype)
-        outputs.append((scale * (read + dot(scores, v, 1, 0))).astype(dtype))
-        written = times(k, decay.to_end).astype(dtype)
-        state_ref[head] = times(state, decay.through) + dot(written, v, 0, 0)
+        read = decay.across(q, split(state), decay.since_start)
+        (scores,) = decay.pairs([q], k, split)
+        outputs.append((scale * (read + dot(scores.astype(dtype), v, 1, 0))).astype(dtype))
+        state_ref[head] = decay.over(state) + decay.into(k, v, decay.to_end)
     o_ref[...] = turned(jnp.stack(outputs))
 
 
-def forward(q, k, v, sums, initial, *, scale, chunk, heads, keep, interpret):
+def forward(q, k, v, decaying, initial, *, scale, chunk, heads, keep, interpret, limit):
     """(o, final state[, states in front of the chunks [B, N, H, K, V] in the dtype of q]).
 
-    T must be a multiple of chunk and H of heads. sums: `log_decay_sums`'.
+    T must be a multiple of chunk and H of heads. decaying: `decays.arrays`.
     """
     batch, length, count, width = q.shape
     size = v.shape[-1]
@@ -62,11 +61,11 @@ def forward(q, k, v, sums, initial, *, scale, chunk, heads, keep, interpret):
     state = shape((batch, count, width, size), jnp.float32)
     bounds = shape((batch, length // chunk, count, width, size), q.dtype)
     return pl.pallas_call(
-        functools.partial(kernel, gated=bool(sums), keep=keep, scale=scale),
+        functools.partial(kernel, decaying=len(decaying), keep=keep, scale=scale),
         grid=(batch, count // heads, length // chunk),
         in_specs=[
             *(blocks.tokens(width), blocks.tokens(width), blocks.tokens(size)),
-            *((blocks.columns(), blocks.rows()) if sums else ()),
+            *decays.specs(decaying, blocks),
             blocks.state(width, size),
         ],
         out_specs=[
@@ -75,8 +74,8 @@ def forward(q, k, v, sums, initial, *, scale, chunk, heads, keep, interpret):
         ],
         out_shape=[shape(v.shape, v.dtype), state, *((bounds,) if keep else ())],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit
         ),
         name="chunk_linear_forward",
         interpret=interpret,
-    )(q, k, v, *sums, initial)
+    )(q, k, v, *decaying, initial)

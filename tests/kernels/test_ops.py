@@ -1,5 +1,6 @@
 """Every op: against its reference, by the interpreters, as lowered, and through the cells."""
 
+import dataclasses
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -17,10 +18,12 @@ import memjax
 from memjax.cells.delta_net import DeltaNet
 from memjax.cells.delta_product import DeltaProduct
 from memjax.cells.gated_delta_net import GatedDeltaNet
+from memjax.cells.gla import GLA
+from memjax.cells.kda import KDA
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import SimpleGLA
 from memjax.typing import fields
-from pallas_kernels import chunk_delta, chunk_linear, interpreted, ops
+from pallas_kernels import chunk_delta, chunk_linear, decays, interpreted, ops
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta import specs as delta_specs
 from pallas_kernels.chunk_delta import tpu as delta_tpu
@@ -99,7 +102,7 @@ def test_a_walk_in_parallel_is_found(module, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["no_decay_resets", "gate_mixed"])
+@pytest.mark.parametrize("name", ["no_decay_resets", "gate_mixed", "channel_resets"])
 def test_the_chunked_reference_is_the_token_loop(op, name):
     spec, reference = NAMED[f"{op}-{name}"].spec, OPS[op][1]
     with contract.x64(True):
@@ -109,30 +112,39 @@ def test_the_chunked_reference_is_the_token_loop(op, name):
         assert kernel_checks.distance(found[leaf], value) < 1e-10, leaf
 
 
-def sees_later(original):
-    def decays(*given):
-        found = original(*given)
-        return found._replace(pairs=found.pairs + found.pairs.T)
-
-    return decays
+def sees_later(decay):
+    return dataclasses.replace(decay, between=decay.between + decay.between.T)
 
 
-def keeps_all(original):
-    def decays(*given):
-        found = original(*given)
-        return found._replace(through=jnp.ones_like(found.through))
+def keeps_all(decay):
+    return dataclasses.replace(decay, through=jnp.ones_like(decay.through))
 
-    return decays
+
+def forgets_a_level(decay):
+    first, _, *others = decay.levels
+    return dataclasses.replace(decay, levels=[first, jnp.ones_like(first), *others])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", [sees_later, keeps_all])
+@pytest.mark.parametrize(
+    "name, mistake",
+    [
+        ("resets", sees_later),
+        ("resets", keeps_all),
+        ("channel", keeps_all),
+        ("channel", forgets_a_level),
+    ],
+)
 @pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
-def test_the_check_finds_a_planted_mistake(module, mistake, monkeypatch):
-    monkeypatch.setattr(module, "decays", mistake(module.decays))
+def test_the_check_finds_a_planted_mistake(module, name, mistake, monkeypatch):
+    def mistaken(*given):
+        return list(map(mistake, decays.of_heads(*given)))
+
+    fake = SimpleNamespace(**{**vars(decays), "of_heads": mistaken})
+    monkeypatch.setattr(module, "decays", fake)
     op = module.__name__.split(".")[1]
     with pytest.raises(AssertionError, match="off, at most"):
-        check(NAMED[f"{op}-resets"])
+        check(NAMED[f"{op}-{name}"])
 
 
 # ---------------------------------------------------------------- refusals
@@ -150,7 +162,6 @@ def arrays(op="chunk_linear", heads=2, width=64, dtype=jnp.float32, decay="head"
         (dict(width=32), {}, "K = 32"),
         (dict(dtype=jnp.float16), {}, "float16"),
         ({}, dict(chunk=24), "given 24"),
-        ({}, dict(g=jnp.zeros((1, 32, 2, 64))), "each channel"),
         (dict(heads=60, width=256), {}, "60 heads"),
     ],
 )
@@ -235,6 +246,8 @@ CELLS = {
     "simple_gla": SimpleGLA(64, 64),
     "delta_net": DeltaNet(64, 64),
     "gated_delta_net": GatedDeltaNet(64, 64),
+    "gla": GLA(64, 64),
+    "kda": KDA(64, 64),
 }
 
 
@@ -249,13 +262,14 @@ def test_cells_run_them(name):
         return rng.standard_normal((batch, length, *shape)).astype(np.float32)
 
     made = {
-        "query": lambda: normal(1, 64),
-        "key": lambda: normal(1, 64) / 8,
-        "value": lambda: normal(heads, 64),
-        "log_decay": lambda: -np.abs(normal(heads)),
-        "rate": lambda: np.abs(normal(1)) % 1,
+        "query": lambda axes: normal(1, *axes),
+        "key": lambda axes: normal(1, *axes) / 8,
+        "value": lambda axes: normal(heads, *axes),
+        "log_decay": lambda axes: -np.abs(normal(heads, *axes)),
+        "rate": lambda axes: np.abs(normal(1, *axes)) % 1,
     }
-    xs = cell.inputs(*(made[field.kind]() for field in fields(cell.inputs).values()))
+    kinds = ((field.kind, (64,) * len(field.shape)) for field in fields(cell.inputs).values())
+    xs = cell.inputs(*(made[kind](axes) for kind, axes in kinds))
     given = dict(
         reset=jnp.asarray(rng.random((batch, length)) < 0.1),
         write=jnp.asarray(rng.random((batch, length)) < 0.8),
