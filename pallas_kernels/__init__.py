@@ -9,5 +9,6 @@ An op raises NotImplementedError with the reason where no kernel serves; see REA
 from pallas_kernels.chunk_delta.api import chunk_delta
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.common import interpreted
+from pallas_kernels.window_attention.api import window_attention
 
-__all__ = ["chunk_delta", "chunk_linear", "interpreted"]
+__all__ = ["chunk_delta", "chunk_linear", "interpreted", "window_attention"]
