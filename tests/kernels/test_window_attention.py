@@ -1,6 +1,7 @@
 """Attention over a window: splash attention and the plain form against the definition in float64,
 what cuDNN is given, refusals, and what is lowered."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -11,6 +12,10 @@ import kernel_checks
 import numpy as np
 import pytest
 
+import memjax
+from memjax.blocks.bmojo import FadingWindow
+from memjax.cells.attention import Attention
+from memjax.cells.sliding_window import SlidingWindow
 from pallas_kernels import deviceless, interpreted, ops, window_attention
 from pallas_kernels.specs import held
 from pallas_kernels.window_attention import api, reference
@@ -307,3 +312,116 @@ def test_what_the_memory_table_has_not_compiles_too(generation, dtype):
         return jax.value_and_grad(lambda *x: run(*x).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
     deviceless.compile_for(generation, both, *given.values())
+
+
+# ---------------------------------------------------------------- cells
+
+
+LENGTH = 37
+WINDOWS = {
+    "sliding_window": SlidingWindow(64, 64, window=11),
+    "wider_than_all": SlidingWindow(64, 128, window=64, scale=0.3),
+    "in_bfloat16": SlidingWindow(64, 64, window=11, store_dtype=jnp.bfloat16),
+    "attention": Attention(64, 64, window=60),
+}
+
+
+def problem(cell, queries=1, keys=2):
+    """Inputs of 2 memories with 2 queries each, numbers that bfloat16 holds; a ring, behind another
+    number of tokens for each memory; where documents begin."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return held(rng.standard_normal((2, LENGTH, *shape)), "bfloat16")
+
+    def inputs():
+        return cell.inputs(
+            normal(queries, 2, cell.key_dim), normal(keys, cell.key_dim), normal(2, cell.value_dim)
+        )
+
+    write = jnp.asarray(rng.random((2, LENGTH, 2)) < 0.7)  # the memories differ
+    params = cell.init_params(jax.random.key(0), 2)
+    _, state = memjax.run(cell, params, inputs(), write=write, implementation="scan")
+    return inputs(), state, jnp.asarray(rng.random((2, LENGTH)) < 0.1)
+
+
+def outputs(cell, form, xs, state, reset):
+    """y, the final ring, and gradients of the inputs and of the ring that was carried in."""
+    kept = () if state is None else tuple(state[:-1])
+
+    def loss(xs, kept):
+        ring = None if state is None else type(state)(*kept, state.written)
+        y, new = memjax.run(cell, {}, xs, state=ring, reset=reset, implementation=form)
+        return (y**3).sum() + (new.k**2).sum() + (new.v**3).sum(), (y, new)
+
+    found = jax.value_and_grad(loss, (0, 1), has_aux=True)(xs, kept)
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), (found[0][1], found[1]))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_cells_run_it(name, documents, carried):
+    cell = WINDOWS[name]
+    xs, state, reset = problem(cell, queries=1 + carried, keys=2 - carried)
+    given = xs, state if carried else None, reset if documents else None
+    with interpreted():
+        found = outputs(cell, "pallas", *given)
+    rounded = 1e-5
+    if cell.store_dtype == jnp.bfloat16:  # gradients of what is stored are rounded to it
+        cell, rounded = dataclasses.replace(cell, store_dtype=jnp.float32), 2.0**-8
+        if carried:
+            wide = (a.astype(jnp.float32) for a in state[:-1])
+            given = xs, type(state)(*wide, state.written), given[2]
+    wanted = outputs(cell, "scan", *given)
+    for part, allowed in ((0, 1e-5), (1, rounded)):
+        pairs = zip(jax.tree.leaves(found[part]), jax.tree.leaves(wanted[part]), strict=True)
+        for a, b in pairs:
+            np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+            assert kernel_checks.distance(np.nan_to_num(a), np.nan_to_num(b)) < allowed
+    past = name == "attention" and carried and not documents
+    assert np.isnan(wanted[0][0]).any() == past  # what does not fit its capacity
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_cell_goes_on_from_nothing(length):
+    cell = WINDOWS["sliding_window"]
+    xs, _, _ = problem(cell)
+    xs = jax.tree.map(lambda a: a[:, :length], xs)
+    empty = memjax.initial_state(cell, {}, 2, 2)
+    wanted = outputs(cell, "scan", xs, None, None)[0]
+    with interpreted():
+        found = outputs(cell, "pallas", xs, empty, None)[0]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cell, options, message",
+    [
+        (SlidingWindow(64, 64, window=9, sinks=2), {}, "SlidingWindow has a kernel for a window"),
+        (SlidingWindow(64, 64, window=9, persistent=1), {}, "for a window alone"),
+        (SlidingWindow(64, 64, window=9), dict(write=True), "no kernel for a write mask"),
+        (SlidingWindow(8, 8, window=9), {}, "K = 8"),
+    ],
+)
+def test_what_a_cell_refuses(cell, options, message):
+    xs, *_ = problem(cell)
+    options = {name: jnp.ones((2, LENGTH), bool) for name in options}
+    params = cell.init_params(jax.random.key(0), 2)
+    with interpreted(), pytest.raises(NotImplementedError, match=f"^pallas: .*{message}"):
+        memjax.run(cell, params, xs, implementation="pallas", **options)
+
+
+def test_a_cell_that_sees_its_tokens_twice_refuses():
+    cell = FadingWindow(64, 64, window=9)
+    xs = cell.inputs(*(np.zeros((1, 5, 2, *n), np.float32) for n in ((1, 64), *4 * [(64,)])))
+    with interpreted(), pytest.raises(NotImplementedError, match="FadingWindow has a kernel for"):
+        memjax.run(cell, {}, xs, implementation="pallas")
+
+
+def test_a_cell_does_not_take_the_plain_form_in_silence():
+    cell = WINDOWS["sliding_window"]
+    xs, *_ = problem(cell)
+    with pytest.raises(NotImplementedError, match="window_attention .* none for cpu"):
+        memjax.run(cell, {}, xs, implementation="pallas")
