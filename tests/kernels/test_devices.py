@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 import memjax
 from memjax import sharding
 from memjax.cells.gated_delta_net import GatedDeltaNet
+from memjax.cells.sliding_window import SlidingWindow
+from memjax.typing import fields
 from pallas_kernels import deviceless, interpreted
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,6 +30,7 @@ import jax, numpy as np, memjax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from memjax import sharding
 from memjax.cells.gated_delta_net import GatedDeltaNet
+from memjax.cells.sliding_window import SlidingWindow
 from pallas_kernels import interpreted
 
 cell, rng, T = GatedDeltaNet(64, 64), np.random.default_rng(0), 20
@@ -95,8 +99,20 @@ with interpreted():
     found = jax.jit(lambda *given: all_of(*given))(placed, lie(state, 'a'), lie(reset), lie(write))
     same(found, wanted)
     assert specs(found) == (('a', None, 'b'), ('a', 'b')), specs(found)
+
+    window = SlidingWindow(64, 64, window=9)
+    normal = lambda *shape: rng.standard_normal((4, T, 2, *shape)).astype(np.float32)
+    xs = window.inputs(normal(2, 64), normal(64), normal(64))
+    def ring_of(xs, reset, ring):
+        return memjax.run(window, {}, xs, reset=reset, state=ring, implementation='pallas')
+    given = xs, reset, ring_of(xs, reset, None)[1]
+    wanted = jax.device_get(ring_of(*given))
+    placed = jax.device_put(given, NamedSharding(mesh, P(both)))
+    found = jax.jit(lambda *given: ring_of(*given))(*placed)
+    same(found, wanted)
+    assert found[1].written.sharding.spec[0] == both
 try:
-    memjax.run(cell, {}, xs, implementation='pallas')
+    memjax.run(window, {}, xs, implementation='pallas')
 except NotImplementedError as reason:
     assert 'none for cpu' in str(reason), reason
 else:
@@ -162,31 +178,32 @@ def test_four_devices_train_as_one_does():
     assert again == pytest.approx(evaluation, rel=1e-5)
 
 
+CELLS = {"gated_delta_net": GatedDeltaNet(64, 64), "window": SlidingWindow(64, 64, window=40)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows, heads", [(4, 2), (2, 4)])
-def test_nothing_is_sent_between_chips(rows, heads):
+@pytest.mark.parametrize("name", CELLS)
+def test_nothing_is_sent_between_chips(name, rows, heads):
     """Both passes, compiled for four chips whose rows, or rows and heads, are split."""
     pytest.importorskip("libtpu", reason="needs libtpu: pip install memjax[tpu]")
     chips = topologies.get_topology_desc(
         platform="tpu", topology_name=deviceless.TOPOLOGIES["v5e"]
     ).devices
     mesh = sharding.mesh({"data": 2, "fsdp": 2}, chips)
-    cell, shape = GatedDeltaNet(64, 64), (rows, 64, heads)
     places = P(("data", "fsdp")) if rows == 4 else P("data", None, "fsdp")
-    placed = NamedSharding(mesh, places)
-    xs = cell.inputs(
-        *(
-            jax.ShapeDtypeStruct((*shape, *axes), jnp.float32, sharding=placed)
-            for axes in ((64,), (64,), (64,), (), ())
-        )
-    )
+    placed = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=NamedSharding(mesh, places))
+    cell, sizes = CELLS[name], {"K": 64, "V": 64, "G": 2}
+    axes = ([sizes[axis] for axis in field.shape.split()] for field in fields(cell.inputs).values())
+    xs = cell.inputs(*(placed((rows, 64, heads, *more)) for more in axes))
 
-    def both(xs, do):
+    def both(xs):
         y, pull_back = jax.vjp(lambda xs: memjax.run(cell, {}, xs, implementation="pallas")[0], xs)
-        return y, pull_back(do)
+        return y, pull_back(y)
 
     with interpreted("tpu", how=False):
-        text = jax.jit(both).trace(xs, xs.v).lower().compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
+        text = jax.jit(both).trace(xs).lower().compile().as_text()
+    kernels = {"gated_delta_net": 2, "window": 3}
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels[name]
     sent = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
     assert not re.findall(sent, text)

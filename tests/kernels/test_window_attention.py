@@ -260,6 +260,25 @@ def test_how_often_the_kernels_run():
     assert kernels(jax.value_and_grad(twice), given) == both | {"fwd": 2}
 
 
+def test_vmap_is_a_loop():
+    """Values and gradients; documents differ, the queries are shared."""
+    one, two = (NAMED["groups"].inputs(seed) for seed in (0, 1))
+    two |= {"q": one["q"], "reset": ~one["reset"]}
+    many = {name: a if name == "q" else np.stack([a, two[name]]) for name, a in one.items()}
+
+    @jax.jit
+    def both(q, k, v, reset):
+        run = partial(window_attention, window=60, reset=reset)
+        o, pull_back = jax.vjp(run, q, k, v)
+        return o, pull_back(o**2)
+
+    with interpreted():
+        wanted = jax.tree.map(lambda *a: np.stack(a), both(**one), both(**two))
+        found = jax.vmap(both, in_axes=(None, 0, 0, 0))(*many.values())
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-6
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older ones leave a dead call, jax 0.12")
 def test_a_policy_saves_the_second_forward_kernel():
     policy = jax.checkpoint_policies.save_only_these_names("memory_state", "memory_out")
