@@ -1,9 +1,10 @@
 """Kernels for recurrent memories, with a reference beside each. Needs jax alone.
 
-    from pallas_kernels import chunk_delta, chunk_linear
+    from pallas_kernels import chunk_delta, chunk_linear, window_attention
     o, state = chunk_linear(q, k, v, g=log_decay)
 
-An op raises NotImplementedError with the reason where no kernel serves; see README.md.
+An op raises NotImplementedError with the reason where no kernel serves; window_attention has a
+plain form for platforms without one. See README.md.
 """
 
 from pallas_kernels.chunk_delta.api import chunk_delta

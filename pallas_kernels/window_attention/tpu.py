@@ -79,6 +79,25 @@ def _precision(dtype) -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
+class _Window(splash.LocalMask):
+    """Which blocks are visited is found by looking at all of them. Blocks at the same distance from
+    the diagonal are the same and computed once: 2 s instead of 20 s for 65536 tokens."""
+
+    def __init__(self, shape, sizes, offset):
+        super().__init__(shape, sizes, offset)
+        self._blocks = {}
+
+    def __getitem__(self, idx):
+        rows, keys = idx
+        at = rows.start - keys.start, rows.stop - rows.start, keys.stop - keys.start
+        if at not in self._blocks:
+            block = super().__getitem__(idx)
+            if block.all() == block.any():  # nothing or all of it is seen: one array for all such
+                block = self._blocks.setdefault((str(block.all()), *block.shape), block)
+            self._blocks[at] = block
+        return self._blocks[at]
+
+
 @functools.lru_cache(maxsize=64)
 def _kernel(heads: int, queries: int, keys: int, static: Static):
     """The kernel of one row; which blocks it visits is computed once, in numpy."""
@@ -91,7 +110,7 @@ def _kernel(heads: int, queries: int, keys: int, static: Static):
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash.LocalMask((queries, keys), (window - 1, 0), front)
+    mask = _Window((queries, keys), (window - 1, 0), front)
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),

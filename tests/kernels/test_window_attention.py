@@ -133,9 +133,9 @@ def test_a_document_sees_nothing_of_others():
 
 def plant(monkeypatch, change):
     """Splash attention of a changed mask."""
-    original = api.tpu.splash.LocalMask
+    original = api.tpu._Window
     fake = lambda shape, sizes, offset: original(shape, *change(sizes, offset))  # noqa: E731
-    monkeypatch.setattr(api.tpu.splash, "LocalMask", fake)
+    monkeypatch.setattr(api.tpu, "_Window", fake)
     api.tpu._kernel.cache_clear()
 
 
@@ -307,6 +307,20 @@ def test_the_plain_form_keeps_no_scores():
         v.aval.size for e in ops.equations(jax.make_jaxpr(run)(given).jaxpr) for v in e.outvars
     ]
     assert max(sizes) <= (4096 + 1024) * 64 < 4096 * 128
+
+
+@pytest.mark.parametrize(
+    "queries, keys, window, front, block",
+    [(1024, 1536, 300, 400, 128), (2048, 2048, 700, 0, 512), (512, 512, 1, 0, 256)],
+)
+def test_the_blocks_that_are_visited(queries, keys, window, front, block, monkeypatch):
+    """Those of the library's own mask."""
+    given = 2, queries, keys, api.tpu.Static(window, front, block, False)
+    found = api.tpu._kernel.__wrapped__(*given)
+    monkeypatch.setattr(api.tpu, "_Window", api.tpu.splash.LocalMask)
+    wanted = api.tpu._kernel.__wrapped__(*given)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_block_that_costs_least():
