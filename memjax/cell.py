@@ -139,7 +139,7 @@ class MemoryCell:
         raise NotImplementedError(f"{type(self).__name__} has no chunked form; use 'scan'")
 
     def pallas(self, params, state, xs, reset, write):
-        """A kernel for the accelerator at hand."""
+        """A kernel for the accelerator at hand; `run` gives each device its own rows or heads."""
         raise NotImplementedError(f"{type(self).__name__} has no Pallas kernel; use 'chunked'")
 
 
