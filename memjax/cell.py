@@ -16,6 +16,7 @@ from memjax import forms
 from memjax.recurrence import (
     accumulator_dtype,
     memories,
+    per_device,
     per_head,
     promote,
     scan_tokens,
@@ -138,7 +139,7 @@ class MemoryCell:
         raise NotImplementedError(f"{type(self).__name__} has no chunked form; use 'scan'")
 
     def pallas(self, params, state, xs, reset, write):
-        """A kernel for the accelerator at hand."""
+        """A kernel for the accelerator at hand; `run` gives each device its own rows or heads."""
         raise NotImplementedError(f"{type(self).__name__} has no Pallas kernel; use 'chunked'")
 
 
@@ -170,7 +171,8 @@ def run(
         token is written.
       write: False where a token only reads; the memory stays bit-identical.
       implementation: "scan", "chunked" or "pallas"; a tuple of them is tried in order; None
-        chooses. Every form gives the same result.
+        chooses. Every form gives the same result. On several devices "pallas" runs on each of
+        them, for its own rows or heads (see `memjax.recurrence.per_device`).
       differentiate: whether gradients will be taken; only guides the choice of the form.
 
     Returns:
@@ -192,7 +194,8 @@ def run(
         if form not in FORMS:
             raise ValueError(f"implementation {form!r}: allowed are {', '.join(FORMS)}, or None")
         try:
-            return getattr(cell, form)(*given)
+            serve = getattr(cell, form)
+            return per_device(serve)(*given) if form == "pallas" else serve(*given)
         except NotImplementedError as reason:
             reasons.append(f"{form}: {reason}")
     raise NotImplementedError("; ".join(reasons))

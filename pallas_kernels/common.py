@@ -136,6 +136,19 @@ def check_shapes(name: str, q, k, v, beta, g, initial_state, reset) -> None:
         raise ValueError(f"{name}: {fewer} heads of q and k do not divide the {heads} of v")
 
 
+def check_served(name: str, q, k, v) -> None:
+    """NotImplementedError for dtypes and head dimensions that no kernel takes."""
+    if not q.dtype == k.dtype == v.dtype or v.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(
+            f"{name} takes q, k, v all float32 or all bfloat16; given {q.dtype}, {k.dtype}, "
+            f"{v.dtype}"
+        )
+    if {q.shape[-1], v.shape[-1]} - set(WIDTHS):
+        raise NotImplementedError(
+            f"{name} takes head dimensions of {WIDTHS}; given K = {q.shape[-1]}, V = {v.shape[-1]}"
+        )
+
+
 def has_small_memory(generation: str) -> bool:
     """Whether kernels have to fit a v4; so where the TPU's generation is not known."""
     if not generation and jax.default_backend() == "tpu":
@@ -167,15 +180,7 @@ def plan(name: str, q, k, v, g, chunk, size_of, room: int) -> Block:
     """
     length, count, size = v.shape[1:]
     width = q.shape[-1]
-    if not q.dtype == k.dtype == v.dtype or v.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            f"{name} takes q, k, v all float32 or all bfloat16; given {q.dtype}, {k.dtype}, "
-            f"{v.dtype}"
-        )
-    if {width, size} - set(WIDTHS):
-        raise NotImplementedError(
-            f"{name} takes head dimensions of {WIDTHS}; given K = {width}, V = {size}"
-        )
+    check_served(name, q, k, v)
     if chunk is not None and chunk not in CHUNKS:
         raise NotImplementedError(f"{name} takes chunks of {CHUNKS}; given {chunk}")
     heads = 8 if count % 8 == 0 else count

@@ -166,7 +166,7 @@ def memory_table(rows: list[dict]) -> str:
             return "refused"
         return "; ".join(
             f"{k['vmem'] / 2**20:.1f} / {k['spills']}" for k in reversed(kernels)
-        )  # "backward" is before "forward"
+        )  # "backward" is before "forward", and "dkv" before "dq" and "fwd"
 
     found = {tuple(row[n] for n in CASE): cell(row) for row in rows}
     keys = dict.fromkeys(key[:-1] for key in found)

@@ -111,6 +111,8 @@ class _Program:
     def __init__(self, text: str):
         self.computations: dict[str, list[str]] = {}
         lines: list[str] = []
+        # The metadata that a kernel was given stands on lines of its own.
+        text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "", text, flags=re.DOTALL)
         for line in text.splitlines():
             if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
                 lines = self.computations["" if head[1] else head[2]] = []

@@ -11,6 +11,16 @@ from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta.api import chunk_delta
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear.api import chunk_linear
+from pallas_kernels.window_attention import reference as window
+from pallas_kernels.window_attention.api import window_attention
+
+WINDOW = 512
+
+
+def windowed(run):
+    """Attention over a window of 512, which leaves no state."""
+    return lambda **given: (run(**given, window=WINDOW), ())
+
 
 # (op, decay) -> the op and its plain form
 OPS = {
@@ -20,6 +30,7 @@ OPS = {
     ("chunk_delta", "none"): (chunk_delta, delta.chunked),
     ("chunk_delta", "head"): (chunk_delta, delta.chunked),
     ("chunk_delta", "channel"): (chunk_delta, partial(delta.chunked, chunk=16)),
+    ("window_attention", "none"): (windowed(window_attention), windowed(window.blocked)),
 }
 
 

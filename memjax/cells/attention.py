@@ -35,6 +35,10 @@ class Attention(SlidingWindow):
         self._check(xs)
         return super().chunked(params, state, xs, reset, write)
 
+    def pallas(self, params, state, xs, reset, write):
+        self._check(xs)
+        return super().pallas(params, state, xs, reset, write)
+
     def _check(self, xs):
         if xs.q.shape[1] > self.window:
             raise ValueError(
@@ -42,9 +46,8 @@ class Attention(SlidingWindow):
                 "raise the capacity, or use sliding_window"
             )
 
-    def _attend(self, params, q, parts, count):
-        y = super()._attend(params, q, parts, count)
-        return jnp.where((count > self.window)[:, None, None], jnp.nan, y)
+    def _given(self, y, count):
+        return jnp.where((count > self.window)[..., None, None], jnp.nan, y)
 
 
 class AttentionMixer(HeadsMixer):

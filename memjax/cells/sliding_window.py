@@ -213,10 +213,15 @@ class SlidingWindow(MemoryCell):
         weights = [jnp.exp(score - jnp.where(jnp.isfinite(top), top, 0)) for score in scores]
         total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
         total = jnp.where(total == 0, 1, total)
-        return sum(
+        shares = (
             dot("cgs,sv->cgv", weight / total, v.astype(q.dtype))
             for weight, (_, v, _) in zip(weights, parts, strict=True)
         )
+        return self._given(functools.reduce(jnp.add, shares), count)
+
+    def _given(self, y: Float[Array, "*n G V"], count: Int[Array, "*n"]) -> Float[Array, "*n G V"]:
+        """Answers to queries behind `count` written tokens of their document."""
+        return y
 
     @per_head
     def chunked(self, params, state, xs, reset, write):
@@ -227,6 +232,55 @@ class SlidingWindow(MemoryCell):
         carried = fresh if state is None else state
         y = self._blocks(params, promote(xs.q, dtype), line, carried)
         return y.astype(xs.q.dtype), self._ring(fresh, carried, line, reset)
+
+    def pallas(self, params, state, xs, reset, write):
+        """`pallas_kernels.window_attention`, for the window alone, the ring in front of the tokens.
+
+        Memories of one sequence may have written different numbers of tokens: behind a ring each is
+        a sequence of its own.
+        """
+        from pallas_kernels import window_attention
+
+        name = type(self).__name__
+        if self.sinks or self.persistent or self.ages != ((0, self.window),):
+            raise NotImplementedError(f"{name} has a kernel for a window alone; use 'chunked'")
+        if write is not None:
+            raise NotImplementedError(f"{name} has no kernel for a write mask; use 'chunked'")
+        (line, first), ring = self._lines(params, state, xs, reset, write)
+        batch, length, heads = line.high.shape
+        alone = 1 if state is None else heads  # memories that are sequences of their own
+        q = jnp.repeat(xs.q, heads // xs.q.shape[2], axis=2)
+        dtype = jnp.promote_types(q.dtype, line.kept[0].dtype)
+
+        def sequences(a):  # [B, n, H, *more, D] -> [B alone, n, H / alone * more, D]
+            a = jnp.moveaxis(a.reshape(batch, a.shape[1], alone, -1, a.shape[-1]), 2, 1)
+            return a.reshape(-1, *a.shape[2:]).astype(dtype)
+
+        if state is not None:
+            reset = jnp.moveaxis(first, 2, 1).reshape(batch * heads, -1)
+        y = window_attention(
+            *map(sequences, (q, *line.kept)),
+            window=self.window,
+            reset=reset,
+            scale=self.scale,
+            plain=False,
+        )
+        y = jnp.moveaxis(y.reshape(batch, alone, length, -1, self.value_dim), 1, 2)
+        y = self._given(y.reshape(*q.shape[:-1], -1), line.seen)
+        return y.astype(xs.q.dtype), ring
+
+    @per_head
+    def _lines(self, params, state, xs, reset, write):
+        """The line, which tokens on it are the first of a document, and the final ring."""
+        fresh = self.fresh(params, accumulator_dtype(state, xs))
+        line = self._line(fresh, state, xs, reset, write)
+        carried = fresh if state is None else state
+        place = jnp.arange(len(line.kept[0]))
+        front = len(place) - len(line.high)
+        first = place == front - carried.written
+        if reset is not None:
+            first = first.at[front:].max(reset)
+        return (line, first), self._ring(fresh, carried, line, reset)
 
     def _line(self, fresh: PyTree, state: PyTree | None, xs, reset, write) -> Line:
         """Lays the ring and the written tokens out; fresh: an empty ring."""

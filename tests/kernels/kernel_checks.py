@@ -70,12 +70,19 @@ def check(op, sequential, chunked, spec: Spec) -> None:
     found = results(op, spec, jnp.dtype(spec.dtype))
     plain = chunked if spec.dtype == HALF else sequential
     own = results(heads_repeated(plain), spec, jnp.dtype(spec.dtype))
+    assert_within(spec, found, own, exact, allowed)
+
+
+def assert_within(spec, found, own, exact, allowed) -> None:
+    """`check`'s bounds for what was found, from the own distance of a plain form and what is
+    allowed besides."""
     assert found.keys() == exact.keys()
     for name, wanted in exact.items():
         if spec.dtype == HALF:
             rounded = distance(held(wanted, HALF).astype(np.float64), wanted)
             bound = 2 * max(distance(own[name], wanted), rounded)
         else:
-            bound = max(1e-5, 3 * distance(own[name], wanted)) + allowed[name]
+            bound = max(1e-5, 3 * distance(own[name], wanted))
+        bound += allowed[name]
         error = distance(found[name], wanted)
         assert error <= bound, f"{spec}: {name} is {error:.1e} off, at most {bound:.1e}"

@@ -229,6 +229,34 @@ def test_a_policy_saves_the_second_forward_kernel(op):
     assert kernels(grad, arrays(op)) == {"backward": 1, "forward": 1}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shared", [(), ("q", "k", "reset", "initial_state")])
+def test_vmap_is_a_loop(op, shared):
+    """Values and gradients, of all arrays or with some that all share."""
+    rates = (0, 1) if op == "chunk_delta" else None
+    spec = Spec(name="", B=2, T=37, resets=(3, 20), beta=rates)
+    one, two = (spec.inputs(seed) for seed in (0, 1))
+    rows = [one, two | {name: one[name] for name in shared}]
+    many = {name: a if name in shared else np.stack([a, two[name]]) for name, a in one.items()}
+
+    @jax.jit
+    def both(given):
+        def loss(x):
+            o, state = OPS[op][0](**given | x, chunk=16)
+            return (o**3).sum() + (state**2).sum(), (o, state)
+
+        arrays = {name: a for name, a in given.items() if name != "reset"}
+        return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+    with interpreted():
+        wanted = jax.tree.map(lambda *a: np.stack(a), *map(both, rows))
+        axes = ({name: None if name in shared else 0 for name in many},)
+        found = jax.vmap(both, in_axes=axes)(many)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-6
+
+
 def test_the_work_that_is_counted():
     given = ops.arguments("chunk_linear", "none", (1, 256, 8, 64), jnp.float32)
     given["v"] = jax.ShapeDtypeStruct((1, 256, 8, 128), jnp.float32)

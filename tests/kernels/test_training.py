@@ -10,18 +10,23 @@ from memjax import train_step
 from pallas_kernels import interpreted
 
 STEPS = 50
+MIXERS = {
+    "gated_delta_net": {},
+    "sliding_window": {"head_dim": 64, "heads": 2, "kv_heads": 1, "window": 9},
+}
 
 
-def losses(form: str) -> np.ndarray:
-    """The losses of a tiny Gated DeltaNet on recall, one number for each step."""
+def losses(mixer: str, form: str) -> np.ndarray:
+    """The losses of a tiny model on recall, one number for each step."""
+    options = MIXERS[mixer] | {"implementation": form}
     settings = runs.load(
-        f"{runs.MQAR}:gated_delta_net",
+        f"{runs.MQAR}:{mixer}",
         {
             **runs.TASK,
             "steps": STEPS,
             "data.length": 24,
             "model.dim": 64,
-            "model.mixers.gated_delta_net.implementation": form,
+            **{f"model.mixers.{mixer}.{name}": value for name, value in options.items()},
         },
     )
     run = train_step.build(settings)
@@ -33,9 +38,10 @@ def losses(form: str) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_a_model_trains_as_with_the_chunked_form():
-    wanted = losses("chunked")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_model_trains_as_with_the_chunked_form(mixer):
+    wanted = losses(mixer, "chunked")
     with interpreted():
-        found = losses("pallas")
+        found = losses(mixer, "pallas")
     assert wanted[-1] < wanted[0]
     np.testing.assert_allclose(found, wanted, rtol=1e-4)

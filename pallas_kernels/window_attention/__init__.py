@@ -1,0 +1,1 @@
+"""Attention to the last tokens: reference.py defines it, api.py is what others call."""
