@@ -163,14 +163,15 @@ def vmem(
 
     7 arrays of tokens, each in two buffers and turned once (float32 ones twice); `states` bytes for
     each number of the heads' states, `pairs` arrays [C, C] of each head that leave the registers,
-    and `logs` float32 arrays [C, K].
+    and, with a decay of each channel, `logs` float32 arrays [C, K] besides g and dg.
     """
     width, size = max(width, 128), max(size, 128)  # lanes
     copies = 4 if like.dtype == jnp.float32 else 3
     rows = tokens * (heads + -heads % 8)
     of_tokens = copies * rows * (4 * width + 3 * size) * like.dtype.itemsize
-    of_tokens += logs * rows * width * 4
-    return of_tokens + heads * (states * width * size + pairs * tokens**2 * 4)
+    of_tokens += (6 * rows * width * 4) if logs else 0
+    of_heads = states * width * size + pairs * tokens**2 * 4 + logs * tokens * width * 4
+    return of_tokens + heads * of_heads
 
 
 def plan(name: str, q, k, v, g, chunk, size_of, room: int) -> Block:

@@ -54,7 +54,7 @@ def chunk_delta(
         like=v,
         states=28,
         pairs=22 if v.dtype == jnp.float32 else 12,
-        logs=0 if g is None or g.ndim == 3 else 40,
+        logs=0 if g is None or g.ndim == 3 else 34,
     )
     call = common.call(
         NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of, beta=beta

@@ -50,7 +50,7 @@ def chunk_linear(
         like=v,
         states=14 + 2 * v.dtype.itemsize,
         pairs=10,
-        logs=0 if g is None or g.ndim == 3 else 32,
+        logs=0 if g is None or g.ndim == 3 else 26,
     )
     call = common.call(
         NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of
