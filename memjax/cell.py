@@ -7,6 +7,7 @@ gradients. `run` is the only thing that models call.
 
 import dataclasses
 import functools
+import warnings
 from typing import ClassVar
 
 import jax
@@ -170,9 +171,10 @@ def run(
       reset: True where a token is the first of a document: the memory is emptied before the
         token is written.
       write: False where a token only reads; the memory stays bit-identical.
-      implementation: "scan", "chunked" or "pallas"; a tuple of them is tried in order; None
-        chooses. Every form gives the same result. On several devices "pallas" runs on each of
-        them, for its own rows or heads (see `memjax.recurrence.per_device`).
+      implementation: "scan", "chunked" or "pallas"; a tuple of them is tried in order, with a
+        warning that gives the reason where a form does not serve; None chooses. Every form gives
+        the same result. On several devices "pallas" runs on each of them, for its own rows or
+        heads (see `memjax.recurrence.per_device`).
       differentiate: whether gradients will be taken; only guides the choice of the form.
 
     Returns:
@@ -185,19 +187,20 @@ def run(
     length = _check(cell, params, xs, state, reset, write)
     # Custom gradients refuse numpy's arrays under `jax.checkpoint`.
     given = jax.tree.map(jnp.asarray, (params, state, xs, reset, write))
-    if implementation is None:
-        implementation = cell.preferred(length, differentiate)
-    if isinstance(implementation, str):
-        implementation = (implementation,)
-    reasons = []
-    for form in implementation:
+    chosen = cell.preferred(length, differentiate) if implementation is None else implementation
+    reasons: list[str] = []
+    for form in (chosen,) if isinstance(chosen, str) else chosen:
         if form not in FORMS:
             raise ValueError(f"implementation {form!r}: allowed are {', '.join(FORMS)}, or None")
         try:
             serve = getattr(cell, form)
-            return per_device(serve)(*given) if form == "pallas" else serve(*given)
+            found = per_device(serve)(*given) if form == "pallas" else serve(*given)
         except NotImplementedError as reason:
             reasons.append(f"{form}: {reason}")
+            continue
+        if reasons and implementation is not None:
+            warnings.warn(f"'{form}' runs instead of {'; '.join(reasons)}", stacklevel=2)
+        return found
     raise NotImplementedError("; ".join(reasons))
 
 

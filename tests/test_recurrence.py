@@ -345,7 +345,8 @@ def test_run_gives_every_reason():
     message = "^pallas: Bare has no Pallas kernel; use 'chunked'; chunked: not today$"
     with pytest.raises(NotImplementedError, match=message):
         memjax.run(Bare(8, 6), **given(implementation=("pallas", "chunked")))
-    y, _ = memjax.run(Bare(8, 6), **given(implementation=("pallas", "chunked", "scan")))
+    with pytest.warns(UserWarning, match=f"^'scan' runs instead of {message[1:]}"):
+        y, _ = memjax.run(Bare(8, 6), **given(implementation=("pallas", "chunked", "scan")))
     assert y.shape == (2, 5, 3, 6)
 
 
