@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +24,8 @@ _interpreted: list = []
 def interpreted(platform: str = "tpu", how=True):
     """Within it kernels for a platform run on the machine at hand, slowly, for tests.
 
-    how: the `interpret` of `pallas_call`: True, or `pltpu.InterpretParams`. Functions that were
-    traced before are not traced again by `jax.jit`.
+    how: the `interpret` of `pallas_call`: True, or `pltpu.InterpretParams`; for "gpu"
+    `plgpu.InterpretGPUParams`. Functions that were traced before are not traced again by `jax.jit`.
     """
     _interpreted.append((how, platform))
     try:
@@ -34,9 +36,43 @@ def interpreted(platform: str = "tpu", how=True):
 
 def target(platform: str | None):
     """(how to interpret or False, platform); of the default backend when none is given."""
+    platform = "gpu" if platform == "cuda" else platform
     if _interpreted and platform in (None, _interpreted[-1][1]):
         return _interpreted[-1]
     return False, platform or jax.default_backend()
+
+
+_capabilities: list[str] = []
+
+
+@contextlib.contextmanager
+def compiling_for(capability: str):
+    """Within it kernels for GPUs are lowered for this compute capability, such as "9.0", whatever
+    GPU is at hand."""
+    _capabilities.append(capability)
+    try:
+        yield
+    finally:
+        _capabilities.pop()
+
+
+def gpu_capability() -> str | None:
+    """That of `compiling_for`, of the GPU at hand, or None."""
+    if _capabilities:
+        return _capabilities[-1]
+    try:
+        return jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:  # this is how jax says that there is none
+        return None
+
+
+def kernels(op: str, platform: str) -> tuple[Callable, Callable]:
+    """The forward and the backward function of an op. Imported here, because Mosaic GPU needs what
+    a machine without GPUs may not have."""
+    forward, backward = (
+        importlib.import_module(f"pallas_kernels.{op}.{platform}{end}") for end in ("", "_vjp")
+    )
+    return forward.forward, backward.backward
 
 
 def padded(tree, chunk: int):
@@ -52,6 +88,9 @@ def padded(tree, chunk: int):
 # ---------------------------------------------------------------- what a kernel serves
 
 CHUNKS = (128, 64, 32, 16)
+GPU_CHUNK = 64
+GPU_CAPABILITY = "9.0"  # Hopper
+GPU_JAX = (0, 11, 2)  # the first version that these kernels are tested with on GPUs
 WIDTHS = (64, 128, 256)
 VMEM = 15.5 * 2**20  # bytes that a kernel may take: the smallest chip has 16 MiB
 
@@ -70,6 +109,11 @@ class Static(NamedTuple):
     chunk: int
     heads: int
     interpret: Any
+    platform: str = "tpu"
+
+    def options(self) -> dict[str, Any]:
+        """What the functions of `kernels` take by name."""
+        return {name: value for name, value in self._asdict().items() if name != "platform"}
 
 
 class Call(NamedTuple):
@@ -85,11 +129,15 @@ def call(
     """What an op hands to its kernel; NotImplementedError when that does not serve."""
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform = target(platform)
-    if platform != "tpu":
+    if platform not in ("tpu", "gpu"):
         raise NotImplementedError(
-            f"{name} has a kernel for tpu, none for {platform}; use a plain form"
+            f"{name} has kernels for tpu and gpu, none for {platform}; use a plain form"
         )
-    block = plan(name, q, k, v, g, chunk, size_of)
+    check_served(name, q, k, v, g)
+    if platform == "tpu":
+        block = plan(name, q, v, chunk, size_of)
+    else:
+        block = plan_gpu(name, v, chunk, interpret)
     batch, _, heads, size = v.shape
     width = q.shape[-1]
     q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
@@ -98,7 +146,8 @@ def call(
     if g is None and reset is not None:
         g = jnp.zeros(v.shape[:3])
     g, initial_state = jax.tree.map(lambda a: a.astype(jnp.float32), (g, initial_state))
-    static = Static(float(width**-0.5 if scale is None else scale), *block, interpret)
+    scale = float(width**-0.5 if scale is None else scale)
+    static = Static(scale, *block, interpret, platform)
     # A token of zeros changes nothing.
     return Call(static, (*padded((q, k, v, g, reset), block.chunk), initial_state))
 
@@ -141,13 +190,9 @@ def vmem(tokens: int, heads: int, width: int, size: int, like, *, states: int, p
     return of_tokens + heads * (states * width * size + pairs * tokens**2 * 4)
 
 
-def plan(name: str, q, k, v, g, chunk, size_of) -> Block:
-    """The largest block that fits; NotImplementedError when the kernel does not serve.
-
-    size_of: (tokens, heads) -> bytes of VMEM.
-    """
-    length, count, size = v.shape[1:]
-    width = q.shape[-1]
+def check_served(name: str, q, k, v, g) -> None:
+    """NotImplementedError for what no kernel of any platform serves."""
+    width, size = q.shape[-1], v.shape[-1]
     if g is not None and g.ndim == 4:
         raise NotImplementedError(f"{name} has no kernel for a decay of each channel yet")
     if not q.dtype == k.dtype == v.dtype or v.dtype not in (jnp.float32, jnp.bfloat16):
@@ -159,6 +204,37 @@ def plan(name: str, q, k, v, g, chunk, size_of) -> Block:
         raise NotImplementedError(
             f"{name} takes head dimensions of {WIDTHS}; given K = {width}, V = {size}"
         )
+
+
+def plan_gpu(name: str, v, chunk, interpret) -> Block:
+    """The only block; NotImplementedError when the kernel does not serve."""
+    if v.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"{name} takes bfloat16 on GPUs, whose tensor cores round float32 to TF32; given "
+            f"{v.dtype}; use a plain form"
+        )
+    if chunk not in (None, GPU_CHUNK):
+        raise NotImplementedError(f"{name} takes chunks of {GPU_CHUNK} on GPUs; given {chunk}")
+    capability = GPU_CAPABILITY if interpret else gpu_capability()
+    if capability != GPU_CAPABILITY:
+        raise NotImplementedError(
+            f"{name} has kernels for GPUs of compute capability {GPU_CAPABILITY} (H100, H200); "
+            + (f"this one has {capability}; use a plain form" if capability else "there is no GPU")
+        )
+    if jax.__version_info__ < GPU_JAX:
+        raise NotImplementedError(
+            f"{name} needs jax {'.'.join(map(str, GPU_JAX))} on GPUs; this is {jax.__version__}"
+        )
+    return Block(GPU_CHUNK, 1)
+
+
+def plan(name: str, q, v, chunk, size_of) -> Block:
+    """The largest block that fits a TPU; NotImplementedError when the kernel does not serve.
+
+    size_of: (tokens, heads) -> bytes of VMEM.
+    """
+    length, count, size = v.shape[1:]
+    width = q.shape[-1]
     if chunk is not None and chunk not in CHUNKS:
         raise NotImplementedError(f"{name} takes chunks of {CHUNKS}; given {chunk}")
     heads = 8 if count % 8 == 0 else count
@@ -208,7 +284,7 @@ def log_decay_sums(g, reset, static: Static):
     """
     if g is None:
         return ()
-    _, chunk, heads, _ = static
+    chunk, heads = static.chunk, static.heads
     batch, length, count = g.shape
     g = jnp.maximum(g, LOWEST)
     whole = jnp.round(g)

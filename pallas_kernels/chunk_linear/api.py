@@ -6,7 +6,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common
-from pallas_kernels.chunk_linear import tpu, tpu_vjp
 
 NAME = "chunk_linear"
 
@@ -28,7 +27,7 @@ def chunk_linear(
       reset: bool [B, T], True where the state is emptied before the token is written.
       scale: a Python number; None for K ** -0.5.
       chunk: tokens in a chunk, 16, 32, 64 or 128; None chooses. Changes speed only.
-      platform: "tpu"; None for the default backend.
+      platform: "tpu", or "gpu" for H100 and H200; None for the default backend.
 
     Returns:
       o [B, T, H, V] in the dtype of v, and the last state, float32 [B, H, K, V]. Both, and the
@@ -58,7 +57,8 @@ def _op(static, q, k, v, g, reset, initial):
 
 def _forward(static, q, k, v, g, reset, initial, keep):
     sums = common.log_decay_sums(g, reset, static)
-    return tpu.forward(q, k, v, sums, initial, keep=keep, **static._asdict())
+    forward, _ = common.kernels(NAME, static.platform)
+    return forward(q, k, v, sums, initial, keep=keep, **static.options())
 
 
 def _op_forward(static, q, k, v, g, reset, initial):
@@ -68,10 +68,9 @@ def _op_forward(static, q, k, v, g, reset, initial):
 
 def _op_backward(static, saved, cotangents):
     q, k, v, g, reset, bounds = saved
+    _, backward = common.kernels(NAME, static.platform)
     sums = common.log_decay_sums(g, reset, static)
-    dq, dk, dv, dg, dinitial = tpu_vjp.backward(
-        q, k, v, sums, bounds, *cotangents, **static._asdict()
-    )
+    dq, dk, dv, dg, dinitial = backward(q, k, v, sums, bounds, *cotangents, **static.options())
     return dq, dk, dv, common.clipped(dg, g), None, dinitial
 
 
