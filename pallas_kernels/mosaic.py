@@ -1,11 +1,13 @@
 """What kernels for Hopper share, written with Pallas Mosaic GPU.
 
-A kernel is one warpgroup of 128 threads. Tiles [64 n, 64 m] of bfloat16 lie in shared memory in
-the order that wgmma reads (rows of 128 bytes, swizzled); what it sums is float32 in registers, in
-`WGMMA` layout, where a vector has one number for each row or for each column of a tile.
+A kernel is one warpgroup of 128 threads. Tiles [64, 64] of bfloat16 lie in shared memory in the
+order that wgmma reads (rows of 128 bytes, swizzled); what it sums is float32 in registers, in its
+own layout, where a vector has one number for each row or for each column of a tile.
 """
 
+import functools
 import inspect
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,12 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 SIDE = 64  # of a tile, and the tokens of a chunk: wgmma makes 64 rows at a time
 WGMMA = plgpu.Layout.WGMMA
 _NEW = "out_type" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
-_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before it
+_INDEX = () if _NEW else ((),)
 
 
-def kernel(body, out, scratch, *, name, grid, interpret):
+def kernel(body, out, scratch, *, name, grid, interpret, by_lane=False):
     """`plgpu.kernel` of one warpgroup. out: tree of shapes. scratch, grid: by name; the first axis
-    of the grid is the fastest."""
+    of the grid is the fastest. by_lane: lowered by the older rules, which take layouts from the
+    operands; the newer ones search for them, for minutes in a long kernel."""
     out_name, scratch_name = (
         ("out_type", "scratch_types") if _NEW else ("out_shape", "scratch_shapes")
     )
@@ -30,10 +33,33 @@ def kernel(body, out, scratch, *, name, grid, interpret):
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=getattr(plgpu.LoweringSemantics, "Lane" if by_lane else "Warpgroup"),
+        ),
         interpret=interpret or False,
     )
 
+
+def run(body, given, out, scratch, **options):
+    """`kernel` with names: `body(x)` has a ref for each, and None for what is None. Returns the
+    outputs as a list.
+
+    given: arrays by name; out: shapes; scratch: what lies in shared memory.
+    """
+    absent = dict.fromkeys({**given, **out, **scratch})
+    given, out, scratch = (
+        {key: value for key, value in of.items() if value is not None}
+        for of in (given, out, scratch)
+    )
+
+    def named(*refs, **scratch):
+        body(SimpleNamespace(**absent | dict(zip([*given, *out], refs, strict=True)) | scratch))
+
+    return kernel(named, list(out.values()), scratch, **options)(*given.values())
+
+
+# ---------------------------------------------------------------- tiles
 
 SUMS = plgpu.ACC((SIDE, SIDE), jnp.float32)
 
@@ -55,6 +81,16 @@ def load(ref, dtype=None):
     """A tile in registers."""
     found = plgpu.load(ref, *_INDEX, layout=WGMMA)
     return found if dtype is None else found.astype(dtype)
+
+
+def store(ref, x):
+    """Rounds x to a tile in shared memory."""
+    ref[...] = x.astype(jnp.bfloat16)
+
+
+def span(n):
+    """The n-th 64 places of an axis."""
+    return pl.ds(n * SIDE, SIDE)
 
 
 def of_rows(ref, shape):
@@ -91,11 +127,36 @@ def dot(a, b):
     return pl.run_scoped(run, SUMS)
 
 
+def sums_over(steps: int, slots: int, arrived, fetch, use, count: int) -> list:
+    """`count` tiles of sums over steps, whose operands are copied to slots in turn, and behind them
+    the sum of what `use` returns, if that is not None.
+
+    fetch(n, slot): starts the copies of step n, which arrive at the slot's barrier.
+    use(slot, *sums): starts the products of what is there.
+    """
+
+    def run(*sums):
+        beside = []
+        for n in range(slots):
+            fetch(n, n)
+        for n in range(steps):
+            slot = n % slots
+            plgpu.barrier_wait(arrived.at[slot])
+            beside.append(use(slot, *sums))
+            if n + slots < steps:
+                plgpu.wgmma_wait(0)
+                fetch(n + slots, slot)
+        found = [x[...] for x in sums]
+        return found if beside[0] is None else [*found, functools.reduce(jnp.add, beside)]
+
+    return pl.run_scoped(run, *[SUMS] * count)
+
+
 # ---------------------------------------------------------------- decays
 
 
 def decayed(x, sums, since_start: bool):
-    """x [C, D] float32 times the decay of each row's token, since the chunk's start or to its end.
+    """x [C, C] times the decay of each row's token, since the chunk's start or to its end.
 
     sums [2, C] in shared memory: those of `common.log_decay_sums`; None leaves x as it is.
     """
@@ -112,13 +173,13 @@ def through(x, sums):
     return x if sums is None else x * jnp.exp(sums[0, SIDE - 1] + sums[1, SIDE - 1])
 
 
-def lower(x, sums, reverse: bool = False):
-    """x [C, C] times the decays from token j to token i, zero where j > i; with reverse the rows
-    are the earlier tokens. Masked before exp; all exponents are at most 0."""
+def lower(x, sums, backward: bool = False):
+    """x [C, C] times the decays from token j to token i, zero where j > i; the transpose of that
+    where backward. Masked before exp; all exponents are at most 0."""
     i, j = places(SIDE)
-    late, early = (j, i) if reverse else (i, j)
+    late, early = (j, i) if backward else (i, j)
     if sums is None:
         return jnp.where(late >= early, x, 0.0)
-    of_late, of_early = (of_columns, of_rows) if reverse else (of_rows, of_columns)
+    of_late, of_early = (of_columns, of_rows) if backward else (of_rows, of_columns)
     whole, part = (of_late(sums.at[n], x.shape) - of_early(sums.at[n], x.shape) for n in (0, 1))
     return x * jnp.exp(jnp.where(late >= early, whole + part, -jnp.inf))

@@ -1,4 +1,17 @@
-"""Decayed linear attention on Hopper, forward."""
+"""Decayed linear attention on Hopper, forward: a walk that writes states, then all outputs at once.
+
+    S_n = e^{G_C} S_{n-1} + (K e^{G_C - G})^T V         S [K, V] float32, in registers
+    O_n = scale ((Q e^G) S_{n-1} + (e^{G_i - G_j} . Q K^T, j <= i) V)
+
+G is the sum of the log decays since the chunk's start, a chunk 64 tokens. Only the walk is
+sequential: a warpgroup keeps 64 x 64 numbers of a head's state and writes the state in front of
+each chunk in bfloat16, while the next chunks are on their way. Outputs have a warpgroup for each
+chunk and 64 columns. Both kernels also run against time, for gradients (gpu_vjp.py).
+
+q, k, v and o are read and written as they lie, [B, T, H, D]. Bytes a token and head: those of q and
+o once, of k and v twice, 8 for the decay, and 4 K V / C for states. bfloat16, with float32 sums;
+products take the state and the weights rounded to bfloat16.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,39 +20,40 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import SIDE, copy_in, dot, tile
+from pallas_kernels.mosaic import SIDE, copy_in, decayed, dot, load, store, tile, turned
 
-SLOTS = 4  # chunks that the walk has in flight
+SLOTS = 4  # chunks of the walk that are in shared memory or on their way
 
 
-def walk(a, b, sums, initial, *, scale, reverse, name, interpret):
-    """(states in front of the chunks [B, N, H, K, V], state behind the last) of
+def states(a, b, sums, initial, *, scale, backward, name, interpret):
+    """[the state in front of each chunk [B, N, H, K, V], the state behind the last] of
 
-        S <- e^{G_C} S + scale (A w)^T B,   w the decay to the end; in reverse that since the start
+        S <- e^{G_C} S + scale (A e^{G_C - G})^T B,     backward: with e^G instead of e^{G_C - G}
 
-    a: [B, T, H, K]; b: [B, T, H, V]; initial: [B, H, K, V] float32. One tile of S for a warpgroup,
-    in registers.
+    over the chunks in their order, or backward. a: [B, T, H, K]; b: [B, T, H, V]; sums: rows of
+    `common.log_decay_sums`, or None; initial: float32 [B, H, K, V].
     """
     batch, length, heads, width = a.shape
-    size, chunks, gated = b.shape[-1], length // SIDE, bool(sums)
+    size, chunks = b.shape[-1], length // SIDE
     slots, across = min(SLOTS, chunks), size // SIDE
+    gated = sums is not None
 
-    def body(*refs, a_tiles, b_tiles, kept, arrived, weighted=None, sums_tiles=None):
-        a_ref, b_ref, *sums_ref, initial_ref, states_ref, final_ref = refs
+    def body(x):
         part, head, row = (lax.axis_index(axis) for axis in ("tile", "head", "batch"))
-        of_a, of_b = (pl.ds(n * SIDE, SIDE) for n in (lax.div(part, across), lax.rem(part, across)))
+        of_a, of_b = (mosaic.span(n) for n in (lax.div(part, across), lax.rem(part, across)))
 
         def place(n):
-            return chunks - 1 - n if reverse else n
+            return chunks - 1 - n if backward else n
 
         def fetch(n, slot):
-            tokens = pl.ds(place(n) * SIDE, SIDE)
-            copy_in(
-                arrived.at[slot],
-                (a_ref.at[row, tokens, head, of_a], a_tiles.at[slot]),
-                (b_ref.at[row, tokens, head, of_b], b_tiles.at[slot]),
-                *((ref.at[row, head, place(n)], sums_tiles.at[slot]) for ref in sums_ref),
-            )
+            tokens = mosaic.span(place(n))
+            copies = [
+                (x.a.at[row, tokens, head, of_a], x.a_tiles.at[slot]),
+                (x.b.at[row, tokens, head, of_b], x.b_tiles.at[slot]),
+            ]
+            if gated:
+                copies.append((x.sums.at[row, head, place(n)], x.sums_tiles.at[slot]))
+            copy_in(x.arrived.at[slot], *copies)
 
         for n in range(slots):
             fetch(n, n)
@@ -47,19 +61,18 @@ def walk(a, b, sums, initial, *, scale, reverse, name, interpret):
         def step(n, state):
             slot, buffer = lax.rem(n, slots), lax.rem(n, 2)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            kept[buffer] = state.astype(jnp.bfloat16)
-            plgpu.barrier_wait(arrived.at[slot])
-            of_chunk, written = None, b_tiles.at[slot]
+            store(x.kept.at[buffer], state)
+            plgpu.barrier_wait(x.arrived.at[slot])
+            of_chunk = x.sums_tiles.at[slot] if gated else None
+            added = x.b_tiles.at[slot]
             if gated:
-                of_chunk = sums_tiles.at[slot]
-                scaled = mosaic.decayed(mosaic.load(written, jnp.float32), of_chunk, reverse)
-                weighted[...] = scaled.astype(jnp.bfloat16)
-                written = weighted
+                store(x.weighted, decayed(load(added, jnp.float32), of_chunk, since_start=backward))
+                added = x.weighted
             plgpu.commit_smem()
-            there = states_ref.at[row, place(n), head, of_a, of_b]
-            plgpu.copy_smem_to_gmem(kept.at[buffer], there)
-            added = dot(mosaic.turned(a_tiles.at[slot]), written)
-            state = mosaic.through(state, of_chunk) + scale * added
+            there = x.states.at[row, place(n), head, of_a, of_b]
+            plgpu.copy_smem_to_gmem(x.kept.at[buffer], there)
+            added = scale * dot(turned(x.a_tiles.at[slot]), added)
+            state = mosaic.through(state, of_chunk) + added
 
             @pl.when(n + slots < chunks)
             def _():
@@ -67,112 +80,93 @@ def walk(a, b, sums, initial, *, scale, reverse, name, interpret):
 
             return state
 
-        start = mosaic.load(initial_ref.at[row, head, of_a, of_b])
-        final_ref[row, head, of_a, of_b] = lax.fori_loop(0, chunks, step, start)
+        start = load(x.initial.at[row, head, of_a, of_b])
+        x.final[row, head, of_a, of_b] = lax.fori_loop(0, chunks, step, start)
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = {
-        "a_tiles": tile(slots),
-        "b_tiles": tile(slots),
-        "kept": tile(2),
-        "arrived": plgpu.Barrier(num_arrivals=2 + gated, num_barriers=slots),
-    }
-    if gated:
-        scratch |= {"weighted": tile(), "sums_tiles": plgpu.SMEM((slots, 2, SIDE), jnp.float32)}
     shape = jax.ShapeDtypeStruct
-    return mosaic.kernel(
+    return mosaic.run(
         body,
-        [
-            shape((batch, chunks, heads, width, size), a.dtype),
-            shape(initial.shape, jnp.float32),
-        ],
-        scratch,
+        {"a": a, "b": b, "sums": sums, "initial": initial},
+        {
+            "states": shape((batch, chunks, heads, width, size), a.dtype),
+            "final": shape(initial.shape, jnp.float32),
+        },
+        {
+            **dict.fromkeys(("a_tiles", "b_tiles"), tile(slots)),
+            "kept": tile(2),
+            "weighted": tile() if gated else None,
+            "sums_tiles": plgpu.SMEM((slots, 2, SIDE), jnp.float32) if gated else None,
+            "arrived": plgpu.Barrier(num_arrivals=2 + gated, num_barriers=slots),
+        },
         name=name,
         grid={"tile": width // SIDE * across, "head": heads, "batch": batch},
         interpret=interpret,
-    )(a, b, *sums, initial)
+    )
 
 
-def read(a, b, c, sums, states, *, scale, reverse, name, interpret):
-    """[B, T, H, V]: what the tokens of each chunk read,
+def outputs(a, b, c, sums, bounds, *, scale, backward, name, interpret):
+    """[B, T, H, V], of each chunk with the state S in front of it, or behind it where backward,
 
         scale (e^G . A S + (e^{G_i - G_j} . A B^T, j <= i) C)
-        e^{G_C - G} . A S + scale (e^{G_j - G_i} . A B^T, j >= i) C        in reverse
+        e^{G_C - G} . A S + scale (e^{G_j - G_i} . A B^T, j >= i) C       backward
 
-    a, b: [B, T, H, K]; c: [B, T, H, V]; states: [B, N, H, K, V], a warpgroup for each chunk and 64
-    columns of V.
+    a, b: [B, T, H, K]; c: [B, T, H, V]; bounds: [B, N, H, K, V].
     """
     batch, length, heads, width = a.shape
-    size, chunks, gated = c.shape[-1], length // SIDE, bool(sums)
+    size, chunks = c.shape[-1], length // SIDE
     steps, across = width // SIDE, size // SIDE
     slots = min(2, steps)
+    gated = sums is not None
 
-    def body(
-        *refs, a_tiles, b_tiles, state_tiles, c_tile, scores_tile, arrived, ready, sums_tile=None
-    ):
-        a_ref, b_ref, c_ref, *sums_ref, states_ref, o_ref = refs
+    def body(x):
         part, head, row = (lax.axis_index(axis) for axis in ("tile", "head", "batch"))
-        chunk, column = lax.div(part, across), lax.rem(part, across)
-        tokens, columns = (pl.ds(n * SIDE, SIDE) for n in (chunk, column))
+        chunk = lax.div(part, across)
+        tokens, columns = mosaic.span(chunk), mosaic.span(lax.rem(part, across))
 
         def fetch(n, slot):
-            rows = pl.ds(n * SIDE, SIDE)
-            copy_in(
-                arrived.at[slot],
-                (a_ref.at[row, tokens, head, rows], a_tiles.at[slot]),
-                (b_ref.at[row, tokens, head, rows], b_tiles.at[slot]),
-                (states_ref.at[row, chunk, head, rows, columns], state_tiles.at[slot]),
-            )
+            keys = mosaic.span(n)
+            copies = [
+                (x.a.at[row, tokens, head, keys], x.a_tiles.at[slot]),
+                (x.b.at[row, tokens, head, keys], x.b_tiles.at[slot]),
+                (x.bounds.at[row, chunk, head, keys, columns], x.state_tiles.at[slot]),
+            ]
+            copy_in(x.arrived.at[slot], *copies)
 
-        for n in range(slots):
-            fetch(n, n)
-        copy_in(
-            ready,
-            (c_ref.at[row, tokens, head, columns], c_tile),
-            *((ref.at[row, head, chunk], sums_tile) for ref in sums_ref),
-        )
+        def use(slot, scores, read):
+            plgpu.wgmma(scores, x.a_tiles.at[slot], turned(x.b_tiles.at[slot]))
+            plgpu.wgmma(read, x.a_tiles.at[slot], x.state_tiles.at[slot])
 
-        def sum_over_keys(scores, asked):
-            for n in range(steps):
-                slot = n % slots
-                plgpu.barrier_wait(arrived.at[slot])
-                plgpu.wgmma(scores, a_tiles.at[slot], mosaic.turned(b_tiles.at[slot]))
-                plgpu.wgmma(asked, a_tiles.at[slot], state_tiles.at[slot])
-                if n + slots < steps:
-                    plgpu.wgmma_wait(0)
-                    fetch(n + slots, slot)
-            return scores[...], asked[...]
-
-        scores, asked = pl.run_scoped(sum_over_keys, mosaic.SUMS, mosaic.SUMS)
-        plgpu.barrier_wait(ready)
-        scores_tile[...] = (scale * mosaic.lower(scores, sums_tile, reverse)).astype(jnp.bfloat16)
+        copies = [(x.c.at[row, tokens, head, columns], x.c_tile)]
+        if gated:
+            copies.append((x.sums.at[row, head, chunk], x.sums_tile))
+        copy_in(x.ready, *copies)
+        scores, read = mosaic.sums_over(steps, slots, x.arrived, fetch, use, 2)
+        plgpu.barrier_wait(x.ready)
+        store(x.scores_tile, scale * mosaic.lower(scores, x.sums_tile, backward))
         plgpu.commit_smem()
-        asked = mosaic.decayed(asked if reverse else scale * asked, sums_tile, not reverse)
-        o = asked + dot(scores_tile, c_tile)
-        c_tile[...] = o.astype(jnp.bfloat16)
+        read = decayed(read if backward else scale * read, x.sums_tile, since_start=not backward)
+        store(x.c_tile, read + dot(x.scores_tile, x.c_tile))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(c_tile, o_ref.at[row, tokens, head, columns])
+        plgpu.copy_smem_to_gmem(x.c_tile, x.o.at[row, tokens, head, columns])
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = {
-        "a_tiles": tile(slots),
-        "b_tiles": tile(slots),
-        "state_tiles": tile(slots),
-        "c_tile": tile(),
-        "scores_tile": tile(),
-        "arrived": plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-        "ready": plgpu.Barrier(num_arrivals=1 + gated),
-    }
-    if gated:
-        scratch |= {"sums_tile": plgpu.SMEM((2, SIDE), jnp.float32)}
-    return mosaic.kernel(
+    (o,) = mosaic.run(
         body,
-        jax.ShapeDtypeStruct(c.shape, c.dtype),
-        scratch,
+        {"a": a, "b": b, "c": c, "sums": sums, "bounds": bounds},
+        {"o": jax.ShapeDtypeStruct(c.shape, c.dtype)},
+        {
+            **dict.fromkeys(("a_tiles", "b_tiles", "state_tiles"), tile(slots)),
+            **dict.fromkeys(("c_tile", "scores_tile"), tile()),
+            "sums_tile": plgpu.SMEM((2, SIDE), jnp.float32) if gated else None,
+            "arrived": plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+            "ready": plgpu.Barrier(num_arrivals=1 + gated),
+        },
         name=name,
         grid={"tile": chunks * across, "head": heads, "batch": batch},
         interpret=interpret,
-    )(a, b, c, *sums, states)
+    )
+    return o
 
 
 def forward(q, k, v, sums, initial, *, scale, chunk, heads, keep, interpret):
@@ -180,10 +174,9 @@ def forward(q, k, v, sums, initial, *, scale, chunk, heads, keep, interpret):
 
     T must be a multiple of chunk, which is 64; heads is 1. sums: `log_decay_sums`'.
     """
-    options = {"reverse": False, "interpret": interpret}
-    rows = sums[1:]
-    states, final = walk(
-        k, v, rows, initial, scale=1.0, name="chunk_linear_forward_walk", **options
-    )
-    o = read(q, k, v, rows, states, scale=scale, name="chunk_linear_forward", **options)
-    return (o, final, states) if keep else (o, final)
+    _, rows = sums or (None, None)
+    options = {"backward": False, "interpret": interpret}
+    name = "chunk_linear_forward"
+    bounds, final = states(k, v, rows, initial, scale=1.0, name=f"{name}_states", **options)
+    o = outputs(q, k, v, rows, bounds, scale=scale, name=f"{name}_outputs", **options)
+    return (o, final, bounds) if keep else (o, final)

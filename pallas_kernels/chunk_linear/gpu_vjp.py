@@ -1,154 +1,139 @@
-"""Decayed linear attention on Hopper, backward."""
+"""Decayed linear attention on Hopper, backward, from the states that gpu.py wrote.
 
-import functools
+With the letters of gpu.py, S the state in front of the chunk and dS the gradient of that behind it:
+
+    A = scale e^{G_i - G_j} . Q K^T, j <= i             dA = scale e^{G_i - G_j} . dO V^T, j <= i
+    dQ = dA K + scale e^G . dO S^T                      dV = A^T dO + (K e^{G_C - G}) dS
+    dK = dA^T Q + e^{G_C - G} . V dS^T                  dS <- e^{G_C} dS + scale (Q e^G)^T dO
+    dg_t = sum_{j < t <= i} (dA . Q K^T)_ij + sum_{i >= t} q_i e^{G_i} . (dO S^T)_i
+           + sum_{j < t} k_j e^{G_C - G_j} . (V dS^T)_j + e^{G_C} <S, dS>
+
+dS is the state of the walk against time, where Q writes dO, and dV what K reads there: the kernels
+of gpu.py. One kernel more has a warpgroup for each chunk and 64 columns of K. It makes dQ, dK and
+those columns' part of dg, whose terms do not cancel (`common.log_decay_gradient`).
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.chunk_linear.gpu import read, walk
-from pallas_kernels.mosaic import SIDE, copy_in, dot, tile
-
-VECTOR = plgpu.SMEM((SIDE,), jnp.float32)
+from pallas_kernels.chunk_linear.gpu import outputs, states
+from pallas_kernels.mosaic import SIDE, copy_in, decayed, dot, load, store, tile, turned
 
 
-def asked_and_written(q, k, v, do, sums, states, dstates, *, scale, interpret):
-    """(dq, dk, dg [B, H, N, K / 64, C] or None): the gradients of what meets in the scores, dg in a
-    part for each 64 columns of K, to be added. A warpgroup for each chunk and 64 columns of K."""
+def keys(q, k, v, do, sums, bounds, dbounds, *, scale, name, interpret):
+    """(dq, dk, dg [B, H, N, K / 64, C] in parts to be added, or None). bounds, dbounds: S and dS of
+    each chunk, [B, N, H, K, V]."""
     batch, length, heads, width = q.shape
-    size, chunks, gated = v.shape[-1], length // SIDE, bool(sums)
+    size, chunks = v.shape[-1], length // SIDE
     steps, across = size // SIDE, width // SIDE
     slots = min(2, steps)
-    like = jnp.bfloat16
+    gated = sums is not None
 
-    def body(
-        *refs,
-        v_tiles,
-        do_tiles,
-        state_tiles,
-        dstate_tiles,
-        q_tile,
-        k_tile,
-        scores_tile,
-        arrived,
-        ready,
-        sums_tile=None,
-        asking=None,
-        writing=None,
-        carrying=None,
-        dg_tile=None,
-    ):
-        q_ref, k_ref, v_ref, do_ref, *sums_ref, states_ref, dstates_ref = refs[: 6 + gated]
-        dq_ref, dk_ref, *dg_ref = refs[6 + gated :]
+    def body(x):
         part, head, row = (lax.axis_index(axis) for axis in ("tile", "head", "batch"))
         chunk, column = lax.div(part, across), lax.rem(part, across)
-        tokens, columns = (pl.ds(n * SIDE, SIDE) for n in (chunk, column))
+        tokens, columns = mosaic.span(chunk), mosaic.span(column)
 
         def fetch(n, slot):
-            rows = pl.ds(n * SIDE, SIDE)
-            copy_in(
-                arrived.at[slot],
-                (v_ref.at[row, tokens, head, rows], v_tiles.at[slot]),
-                (do_ref.at[row, tokens, head, rows], do_tiles.at[slot]),
-                (states_ref.at[row, chunk, head, columns, rows], state_tiles.at[slot]),
-                (dstates_ref.at[row, chunk, head, columns, rows], dstate_tiles.at[slot]),
-            )
+            values = mosaic.span(n)
+            copies = [
+                (x.v.at[row, tokens, head, values], x.v_tiles.at[slot]),
+                (x.do.at[row, tokens, head, values], x.do_tiles.at[slot]),
+                (x.bounds.at[row, chunk, head, columns, values], x.state_tiles.at[slot]),
+                (x.dbounds.at[row, chunk, head, columns, values], x.dstate_tiles.at[slot]),
+            ]
+            copy_in(x.arrived.at[slot], *copies)
 
-        for n in range(slots):
-            fetch(n, n)
-        copy_in(
-            ready,
-            (q_ref.at[row, tokens, head, columns], q_tile),
-            (k_ref.at[row, tokens, head, columns], k_tile),
-            *((ref.at[row, head, chunk], sums_tile) for ref in sums_ref),
-        )
+        def use(slot, dscores, dread, dadded):
+            v, do = x.v_tiles.at[slot], x.do_tiles.at[slot]
+            state, dstate = x.state_tiles.at[slot], x.dstate_tiles.at[slot]
+            plgpu.wgmma(dscores, do, turned(v))
+            plgpu.wgmma(dread, do, turned(state))
+            plgpu.wgmma(dadded, v, turned(dstate))
+            if gated:
+                return jnp.sum(load(state, jnp.float32) * load(dstate, jnp.float32), axis=1)
+            return None
 
-        def sum_over_values(dscores, dread, dadded):
-            carried = []
-            for n in range(steps):
-                slot = n % slots
-                plgpu.barrier_wait(arrived.at[slot])
-                plgpu.wgmma(dscores, do_tiles.at[slot], mosaic.turned(v_tiles.at[slot]))
-                plgpu.wgmma(dread, do_tiles.at[slot], mosaic.turned(state_tiles.at[slot]))
-                plgpu.wgmma(dadded, v_tiles.at[slot], mosaic.turned(dstate_tiles.at[slot]))
-                if gated:
-                    state, dstate = (
-                        mosaic.load(ref.at[slot], jnp.float32)
-                        for ref in (state_tiles, dstate_tiles)
-                    )
-                    carried.append(jnp.sum(state * dstate, axis=1))
-                if n + slots < steps:
-                    plgpu.wgmma_wait(0)
-                    fetch(n + slots, slot)
-            return dscores[...], dread[...], dadded[...], carried
-
-        dscores, dread, dadded, carried = pl.run_scoped(sum_over_values, *[mosaic.SUMS] * 3)
-        plgpu.barrier_wait(ready)
-        dscores = scale * mosaic.lower(dscores, sums_tile)
-        dread = scale * mosaic.decayed(dread, sums_tile, True)
-        dadded = mosaic.decayed(dadded, sums_tile, False)
-        scores_tile[...] = dscores.astype(like)
+        copies = [
+            (x.q.at[row, tokens, head, columns], x.q_tile),
+            (x.k.at[row, tokens, head, columns], x.k_tile),
+        ]
+        if gated:
+            copies.append((x.sums.at[row, head, chunk], x.sums_tile))
+        copy_in(x.ready, *copies)
+        dscores, dread, dadded, *carried = mosaic.sums_over(steps, slots, x.arrived, fetch, use, 3)
+        plgpu.barrier_wait(x.ready)
+        dscores = scale * mosaic.lower(dscores, x.sums_tile)
+        dread = scale * decayed(dread, x.sums_tile, since_start=True)
+        dadded = decayed(dadded, x.sums_tile, since_start=False)
+        store(x.scores_tile, dscores)
         plgpu.commit_smem()
         if gated:
-            products = dscores * dot(q_tile, mosaic.turned(k_tile))
-            i, j = mosaic.places(SIDE)
-            main_tile, rest_tile, onwards = (x.at[0] for x in (v_tiles, do_tiles, state_tiles))
-            main = products.astype(like)
-            main_tile[...] = main
-            rest_tile[...] = (products - main.astype(jnp.float32)).astype(like)
-            onwards[...] = jnp.where(j >= i, 1.0, 0.0).astype(like)
-            asking[...] = jnp.sum(mosaic.load(q_tile, jnp.float32) * dread, axis=1)
-            writing[...] = jnp.sum(mosaic.load(k_tile, jnp.float32) * dadded, axis=1)
-            carrying[...] = mosaic.through(functools.reduce(jnp.add, carried), sums_tile)
-            plgpu.commit_smem()
-            later = dot(onwards, main_tile) + dot(onwards, rest_tile)
-            ask, write, carry = (
-                mosaic.of_columns(x, (SIDE, SIDE)) for x in (asking, writing, carrying)
-            )
-            dg_tile[...] = jnp.sum(jnp.where(j < i, later + write, ask) + carry, axis=1)
-        dq = dread + dot(scores_tile, k_tile)
-        dk = dadded + dot(mosaic.turned(scores_tile), q_tile)
-        q_tile[...] = dq.astype(like)
-        k_tile[...] = dk.astype(like)
+            products = dscores * dot(x.q_tile, turned(x.k_tile))
+            of_decay(x, products, dread, dadded, *carried)
+        dq = dread + dot(x.scores_tile, x.k_tile)
+        dk = dadded + dot(turned(x.scores_tile), x.q_tile)
+        store(x.q_tile, dq)
+        store(x.k_tile, dk)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[row, tokens, head, columns])
-        plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[row, tokens, head, columns])
+        plgpu.copy_smem_to_gmem(x.q_tile, x.dq.at[row, tokens, head, columns])
+        plgpu.copy_smem_to_gmem(x.k_tile, x.dk.at[row, tokens, head, columns])
         if gated:
-            plgpu.copy_smem_to_gmem(dg_tile, dg_ref[0].at[row, head, chunk, column])
+            plgpu.copy_smem_to_gmem(x.dg_tile, x.dg.at[row, head, chunk, column])
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = {
-        **{name: tile(slots) for name in ("v_tiles", "do_tiles", "state_tiles", "dstate_tiles")},
-        **{name: tile() for name in ("q_tile", "k_tile", "scores_tile")},
-        "arrived": plgpu.Barrier(num_arrivals=4, num_barriers=slots),
-        "ready": plgpu.Barrier(num_arrivals=2 + gated),
-    }
-    if gated:
-        scratch |= dict.fromkeys(("asking", "writing", "carrying", "dg_tile"), VECTOR)
-        scratch |= {"sums_tile": plgpu.SMEM((2, SIDE), jnp.float32)}
     shape = jax.ShapeDtypeStruct
-    dg = shape((batch, heads, chunks, across, SIDE), jnp.float32)
-    dq, dk, *dg = mosaic.kernel(
+    numbers = plgpu.SMEM((SIDE,), jnp.float32) if gated else None
+    dg = shape((batch, heads, chunks, across, SIDE), jnp.float32) if gated else None
+    given = {"q": q, "k": k, "v": v, "do": do, "sums": sums, "bounds": bounds, "dbounds": dbounds}
+    dq, dk, *dg = mosaic.run(
         body,
-        [shape(q.shape, q.dtype), shape(k.shape, k.dtype), *([dg] if gated else [])],
-        scratch,
-        name="chunk_linear_backward_keys",
+        given,
+        {"dq": shape(q.shape, q.dtype), "dk": shape(k.shape, k.dtype), "dg": dg},
+        {
+            **dict.fromkeys(("v_tiles", "do_tiles", "state_tiles", "dstate_tiles"), tile(slots)),
+            **dict.fromkeys(("q_tile", "k_tile", "scores_tile"), tile()),
+            **dict.fromkeys(("asking", "writing", "carrying", "dg_tile"), numbers),
+            "sums_tile": plgpu.SMEM((2, SIDE), jnp.float32) if gated else None,
+            "arrived": plgpu.Barrier(num_arrivals=4, num_barriers=slots),
+            "ready": plgpu.Barrier(num_arrivals=2 + gated),
+        },
+        name=name,
         grid={"tile": chunks * across, "head": heads, "batch": batch},
         interpret=interpret,
-    )(q, k, v, do, *sums, states, dstates)
+    )
     return dq, dk, *(dg or (None,))
+
+
+def of_decay(x, products, dread, dadded, carried):
+    """dg of a chunk, as in `common.log_decay_gradient`, into `x.dg_tile`. carried: e^{G_C} <S, dS>
+    without its decay, a number for each row of S. Tiles that are read no more hold the parts of the
+    products and the triangle of ones."""
+    main, rest, onwards = (tiles.at[0] for tiles in (x.v_tiles, x.do_tiles, x.state_tiles))
+    i, j = mosaic.places(SIDE)
+    store(main, products)
+    store(rest, products - products.astype(jnp.bfloat16).astype(jnp.float32))
+    store(onwards, jnp.where(j >= i, 1.0, 0.0))
+    x.asking[...] = jnp.sum(load(x.q_tile, jnp.float32) * dread, axis=1)
+    x.writing[...] = jnp.sum(load(x.k_tile, jnp.float32) * dadded, axis=1)
+    x.carrying[...] = mosaic.through(carried, x.sums_tile)
+    plgpu.commit_smem()
+    later = dot(onwards, main) + dot(onwards, rest)
+    asking, writing, carrying = (
+        mosaic.of_columns(ref, later.shape) for ref in (x.asking, x.writing, x.carrying)
+    )
+    x.dg_tile[...] = jnp.sum(jnp.where(j < i, later + writing, asking) + carrying, axis=1)
 
 
 def backward(q, k, v, sums, bounds, do, dfinal, *, scale, chunk, heads, interpret):
     """(dq, dk, dv, dg [B, H, N, C, 1] or None, dinitial) from `forward`'s bounds."""
+    _, rows = sums or (None, None)
     options = {"scale": scale, "interpret": interpret}
-    rows = sums[1:]
-    dstates, dinitial = walk(
-        q, do, rows, dfinal, reverse=True, name="chunk_linear_backward_walk", **options
-    )
-    dv = read(k, q, do, rows, dstates, reverse=True, name="chunk_linear_backward_values", **options)
-    dq, dk, dg = asked_and_written(q, k, v, do, rows, bounds, dstates, **options)
+    name, against = "chunk_linear_backward", {"backward": True}
+    dbounds, dinitial = states(q, do, rows, dfinal, name=f"{name}_states", **options, **against)
+    dv = outputs(k, q, do, rows, dbounds, name=f"{name}_values", **options, **against)
+    dq, dk, dg = keys(q, k, v, do, rows, bounds, dbounds, name=f"{name}_keys", **options)
     return dq, dk, dv, None if dg is None else dg.sum(3)[..., None], dinitial
