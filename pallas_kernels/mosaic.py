@@ -35,6 +35,7 @@ def kernel(body, out, scratch, *, name, grid, interpret, by_lane=False):
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
+            reduction_scratch_bytes=0 if by_lane else 2048,
             lowering_semantics=getattr(plgpu.LoweringSemantics, "Lane" if by_lane else "Warpgroup"),
         ),
         interpret=interpret or False,
@@ -145,6 +146,7 @@ def sums_over(steps: int, slots: int, arrived, fetch, use, count: int) -> list:
             beside.append(use(slot, *sums))
             if n + slots < steps:
                 plgpu.wgmma_wait(0)
+                plgpu.commit_smem()  # what `use` has loaded too
                 fetch(n + slots, slot)
         found = [x[...] for x in sums]
         return found if beside[0] is None else [*found, functools.reduce(jnp.add, beside)]

@@ -68,11 +68,11 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
             if gated:
                 store(x.weighted, decayed(load(added, jnp.float32), of_chunk, since_start=backward))
                 added = x.weighted
+            state = mosaic.through(state, of_chunk)
             plgpu.commit_smem()
             there = x.states.at[row, place(n), head, of_a, of_b]
             plgpu.copy_smem_to_gmem(x.kept.at[buffer], there)
-            added = scale * dot(turned(x.a_tiles.at[slot]), added)
-            state = mosaic.through(state, of_chunk) + added
+            state = state + scale * dot(turned(x.a_tiles.at[slot]), added)
 
             @pl.when(n + slots < chunks)
             def _():
