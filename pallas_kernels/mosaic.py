@@ -78,9 +78,9 @@ def copy_in(barrier, *pairs):
         plgpu.copy_gmem_to_smem(source, there, barrier)
 
 
-def load(ref, dtype=None):
-    """A tile in registers."""
-    found = plgpu.load(ref, *_INDEX, layout=WGMMA)
+def load(ref, dtype=None, *, shared=True):
+    """A tile in registers; shared: whether it lies in shared memory."""
+    found = plgpu.load(ref, *_INDEX, layout=WGMMA, optimized=shared)
     return found if dtype is None else found.astype(dtype)
 
 

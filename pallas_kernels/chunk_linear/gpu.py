@@ -80,7 +80,7 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
 
             return state
 
-        start = load(x.initial.at[row, head, of_a, of_b])
+        start = load(x.initial.at[row, head, of_a, of_b], shared=False)
         x.final[row, head, of_a, of_b] = lax.fori_loop(0, chunks, step, start)
         plgpu.wait_smem_to_gmem(0)
 
