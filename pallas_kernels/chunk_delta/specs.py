@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pallas_kernels.specs import HALF, Spec, shared
+from pallas_kernels.specs import HALF, Spec, shared, shared_on_gpu
 
 LONG: dict[str, Any] = {"T": 128, "chunk": 64}
 SPECS = (
@@ -14,4 +14,15 @@ SPECS = (
     Spec(name="beta_0", T=48, chunk=16, beta=(0.0, 0.0)),
     Spec(name="bf16_alike_keys", **HALF, keys="cosine", gate=0.1, beta=(0.95, 0.95)),
     Spec(name="bf16_equal_keys", **HALF, keys="equal", gate=0.1, beta=(1.0, 1.0)),
+)
+GPU: dict[str, Any] = {"T": 192, "H": 8, "dtype": "bfloat16"}
+GPU_SPECS = (
+    *shared_on_gpu(beta=(0.0, 2.0)),
+    Spec(name="equal_keys_beta_1", **GPU, keys="equal", decay="none", beta=(1.0, 1.0)),
+    Spec(name="equal_keys_beta_2", **GPU, keys="equal", gate=0.1, beta=(2.0, 2.0)),
+    Spec(name="alike_keys_beta_95", **GPU, keys="cosine", gate=0.1, beta=(0.95, 0.95)),
+    Spec(name="alike_keys_wide", **GPU, K=128, keys="cosine", decay="none", beta=(0.95, 0.95)),
+    Spec(name="alike_keys_widest", **GPU, K=256, keys="cosine", gate=0.1, beta=(0.95, 0.95)),
+    Spec(name="long_keys", **GPU, norm=3.0, gate=0.1, beta=(0.0, 0.2)),
+    Spec(name="beta_0", **GPU, beta=(0.0, 0.0)),
 )

@@ -74,7 +74,7 @@ def check(op, sequential, chunked, spec: Spec) -> None:
     for name, wanted in exact.items():
         if spec.dtype == HALF:
             rounded = distance(held(wanted, HALF).astype(np.float64), wanted)
-            bound = 2 * max(distance(own[name], wanted), rounded)
+            bound = max(1e-5, 2 * max(distance(own[name], wanted), rounded))
         else:
             bound = max(1e-5, 3 * distance(own[name], wanted)) + allowed[name]
         error = distance(found[name], wanted)

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import kernel_checks
 import pytest
 
-from pallas_kernels import chunk_linear, common, interpreted, ops
+from memjax import cost
+from pallas_kernels import chunk_delta, chunk_linear, common, interpreted, ops
+from pallas_kernels.chunk_delta import reference as delta
+from pallas_kernels.chunk_delta import specs as delta_specs
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear import specs as linear_specs
 from pallas_kernels.specs import Spec
@@ -25,7 +28,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 
-OPS = {"chunk_linear": (chunk_linear, linear, linear_specs.GPU_SPECS)}
+OPS = {
+    "chunk_linear": (chunk_linear, linear, linear_specs.GPU_SPECS),
+    "chunk_delta": (chunk_delta, delta, delta_specs.GPU_SPECS),
+}
 RACE = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -64,7 +70,10 @@ def test_values_and_gradients(case):
     check(case)
 
 
-SMALL = Spec(name="small", T=100, dtype="bfloat16", resets=(40,))
+SMALL = {
+    "chunk_linear": Spec(name="small", T=100, dtype="bfloat16", resets=(40,)),
+    "chunk_delta": Spec(name="small", T=200, dtype="bfloat16", resets=(40,), beta=(0.0, 2.0)),
+}
 
 
 def sees_later(original):
@@ -81,14 +90,14 @@ def keeps_all(original):
 def test_the_check_finds_a_planted_mistake(op, name, mistake, monkeypatch):
     monkeypatch.setattr(mosaic, name, mistake(getattr(mosaic, name)))
     with pytest.raises(AssertionError, match="off, at most"):
-        check(Case(op, SMALL))
+        check(Case(op, SMALL[op]))
 
 
 RACES = """
 import test_gpu
 from jax.experimental.pallas import mosaic_gpu
 mosaic_gpu.{name} = lambda *_, **__: None
-test_gpu.check(test_gpu.Case("{op}", test_gpu.SMALL))
+test_gpu.check(test_gpu.Case("{op}", test_gpu.SMALL["{op}"]))
 """
 
 
@@ -169,8 +178,11 @@ def kernels(op, fn):
 
 
 # The kernels of an op's passes.
-FORWARD = {"chunk_linear": ("states", "outputs")}
-BACKWARD = {"chunk_linear": ("states", "values", "keys")}
+FORWARD = {"chunk_linear": ("states", "outputs"), "chunk_delta": ("inverses", "walk")}
+BACKWARD = {
+    "chunk_linear": ("states", "values", "keys"),
+    "chunk_delta": ("walk", "pairs", "keys"),
+}
 
 
 def both(op, forward=1, backward=1):
@@ -199,3 +211,9 @@ def test_a_policy_saves_the_second_forward_kernel(op):
     policy = jax.checkpoint_policies.save_only_these_names("memory_state", "memory_out")
     run = jax.value_and_grad(jax.checkpoint(partial(loss, op), policy=policy))
     assert kernels(op, run) == both(op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_operations_of_a_kernel_are_not_counted(op):
+    with common.compiling_for("9.0"), pytest.raises(ValueError, match="that is not counted"):
+        cost.flops(lambda arrays: OPS[op][0](**arrays, platform="gpu"), given(op))
