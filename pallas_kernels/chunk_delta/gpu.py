@@ -272,7 +272,7 @@ class Walk:
         self.fetch_inverse(0)
         row, _ = self.at(0)
         places = [(row, self.head(), span(i), self.columns()) for i in range(self.steps)]
-        state = [mosaic.load(initial.at[place]) for place in places]
+        state = [mosaic.load(initial.at[place], shared=False) for place in places]
         if self.x.aside is not None:
             for parts, tile_ in zip(self.states, state, strict=True):
                 put(parts, tile_)

@@ -82,10 +82,10 @@ def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
         plgpu.commit_smem()
         (wanted,) = dots(in_parts(halves(x.inverse, turn=True), halves(first)))
         pl.when(later)(lambda: walk.fetch_inverse(n + 1))
-        dv = of_rows(x.rates, wanted.shape) * wanted
         put(first, wanted)
-        put(second, -decayed(dv, x.decays, since_start=True))
+        dv = of_rows(x.rates, wanted.shape) * wanted
         store(do, dv)
+        put(second, -decayed(dv, x.decays, since_start=True))
         plgpu.commit_smem()
         pl.when(later)(lambda: walk.fetch_rates(n + 1))
         walk.keep_rows(first, x.wanted, n)
