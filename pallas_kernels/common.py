@@ -124,9 +124,26 @@ class Call(NamedTuple):
 
 
 def call(
-    name: str, q, k, v, g, initial_state, reset, scale, chunk, platform, *, size_of, beta=None
+    name: str,
+    q,
+    k,
+    v,
+    g,
+    initial_state,
+    reset,
+    scale,
+    chunk,
+    platform,
+    *,
+    size_of,
+    beta=None,
+    sharing: tuple[str, ...] = (),
 ) -> Call:
-    """What an op hands to its kernel; NotImplementedError when that does not serve."""
+    """What an op hands to its kernel; NotImplementedError when that does not serve.
+
+    sharing: platforms whose kernels read the q and k that several heads share; for others they are
+    repeated.
+    """
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform = target(platform)
     if platform not in ("tpu", "gpu"):
@@ -140,7 +157,8 @@ def call(
         block = plan_gpu(name, v, chunk, interpret)
     batch, _, heads, size = v.shape
     width = q.shape[-1]
-    q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
+    if platform not in sharing:
+        q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, size))
     if g is None and reset is not None:

@@ -8,9 +8,10 @@ sequential: a warpgroup keeps 64 x 64 numbers of a head's state and writes the s
 each chunk in bfloat16, while the next chunks are on their way. Outputs have a warpgroup for each
 chunk and 64 columns. Both kernels also run against time, for gradients (gpu_vjp.py).
 
-q, k, v and o are read and written as they lie, [B, T, H, D]. Bytes a token and head: those of q and
-o once, of k and v twice, 8 for the decay, and 4 K V / C for states. bfloat16, with float32 sums;
-products take the state and the weights rounded to bfloat16.
+q, k, v and o are read and written as they lie, [B, T, H, D], q and k with h heads, of which head i
+of H reads i h // H. Bytes a token and head: those of q and o once, of k and v twice, 8 for the
+decay, and 4 K V / C for states. bfloat16, with float32 sums; products take the state and the
+weights rounded to bfloat16.
 """
 
 import jax
@@ -30,11 +31,11 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
 
         S <- e^{G_C} S + scale (A e^{G_C - G})^T B,     backward: with e^G instead of e^{G_C - G}
 
-    over the chunks in their order, or backward. a: [B, T, H, K]; b: [B, T, H, V]; sums: rows of
+    over the chunks in their order, or backward. a: [B, T, h, K]; b: [B, T, H, V]; sums: rows of
     `common.log_decay_sums`, or None; initial: float32 [B, H, K, V].
     """
-    batch, length, heads, width = a.shape
-    size, chunks = b.shape[-1], length // SIDE
+    batch, length, heads, size = b.shape
+    group, width, chunks = heads // a.shape[2], a.shape[3], length // SIDE
     slots, across = min(SLOTS, chunks), size // SIDE
     gated = sums is not None
 
@@ -48,7 +49,7 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
         def fetch(n, slot):
             tokens = mosaic.span(place(n))
             copies = [
-                (x.a.at[row, tokens, head, of_a], x.a_tiles.at[slot]),
+                (x.a.at[row, tokens, lax.div(head, group), of_a], x.a_tiles.at[slot]),
                 (x.b.at[row, tokens, head, of_b], x.b_tiles.at[slot]),
             ]
             if gated:
@@ -111,10 +112,10 @@ def outputs(a, b, c, sums, bounds, *, scale, backward, name, interpret):
         scale (e^G . A S + (e^{G_i - G_j} . A B^T, j <= i) C)
         e^{G_C - G} . A S + scale (e^{G_j - G_i} . A B^T, j >= i) C       backward
 
-    a, b: [B, T, H, K]; c: [B, T, H, V]; bounds: [B, N, H, K, V].
+    a, b: [B, T, h, K]; c: [B, T, H, V]; bounds: [B, N, H, K, V].
     """
-    batch, length, heads, width = a.shape
-    size, chunks = c.shape[-1], length // SIDE
+    batch, length, heads, size = c.shape
+    group, width, chunks = heads // a.shape[2], a.shape[3], length // SIDE
     steps, across = width // SIDE, size // SIDE
     slots = min(2, steps)
     gated = sums is not None
@@ -126,9 +127,10 @@ def outputs(a, b, c, sums, bounds, *, scale, backward, name, interpret):
 
         def fetch(n, slot):
             keys = mosaic.span(n)
+            there = (row, tokens, lax.div(head, group), keys)
             copies = [
-                (x.a.at[row, tokens, head, keys], x.a_tiles.at[slot]),
-                (x.b.at[row, tokens, head, keys], x.b_tiles.at[slot]),
+                (x.a.at[there], x.a_tiles.at[slot]),
+                (x.b.at[there], x.b_tiles.at[slot]),
                 (x.bounds.at[row, chunk, head, keys, columns], x.state_tiles.at[slot]),
             ]
             copy_in(x.arrived.at[slot], *copies)

@@ -24,10 +24,10 @@ from pallas_kernels.mosaic import SIDE, copy_in, decayed, dot, load, store, tile
 
 
 def keys(q, k, v, do, sums, bounds, dbounds, *, scale, name, interpret):
-    """(dq, dk, dg [B, H, N, K / 64, C] in parts to be added, or None). bounds, dbounds: S and dS of
-    each chunk, [B, N, H, K, V]."""
-    batch, length, heads, width = q.shape
-    size, chunks = v.shape[-1], length // SIDE
+    """(dq, dk of each of H heads, dg [B, H, N, K / 64, C] in parts to be added, or None). bounds,
+    dbounds: S and dS of each chunk, [B, N, H, K, V]."""
+    batch, length, heads, size = v.shape
+    group, width, chunks = heads // q.shape[2], q.shape[3], length // SIDE
     steps, across = size // SIDE, width // SIDE
     slots = min(2, steps)
     gated = sums is not None
@@ -57,10 +57,8 @@ def keys(q, k, v, do, sums, bounds, dbounds, *, scale, name, interpret):
                 return jnp.sum(load(state, jnp.float32) * load(dstate, jnp.float32), axis=1)
             return None
 
-        copies = [
-            (x.q.at[row, tokens, head, columns], x.q_tile),
-            (x.k.at[row, tokens, head, columns], x.k_tile),
-        ]
+        there = (row, tokens, lax.div(head, group), columns)
+        copies = [(x.q.at[there], x.q_tile), (x.k.at[there], x.k_tile)]
         if gated:
             copies.append((x.sums.at[row, head, chunk], x.sums_tile))
         copy_in(x.ready, *copies)
@@ -92,7 +90,7 @@ def keys(q, k, v, do, sums, bounds, dbounds, *, scale, name, interpret):
     dq, dk, *dg = mosaic.run(
         body,
         given,
-        {"dq": shape(q.shape, q.dtype), "dk": shape(k.shape, k.dtype), "dg": dg},
+        {**dict.fromkeys(("dq", "dk"), shape((batch, length, heads, width), q.dtype)), "dg": dg},
         {
             **dict.fromkeys(("v_tiles", "do_tiles", "state_tiles", "dstate_tiles"), tile(slots)),
             **dict.fromkeys(("q_tile", "k_tile", "scores_tile"), tile()),
@@ -136,4 +134,5 @@ def backward(q, k, v, sums, bounds, do, dfinal, *, scale, chunk, heads, interpre
     dbounds, dinitial = states(q, do, rows, dfinal, name=f"{name}_states", **options, **against)
     dv = outputs(k, q, do, rows, dbounds, name=f"{name}_values", **options, **against)
     dq, dk, dg = keys(q, k, v, do, rows, bounds, dbounds, name=f"{name}_keys", **options)
+    dq, dk = (x.reshape(*q.shape[:3], -1, q.shape[3]).sum(3) for x in (dq, dk))
     return dq, dk, dv, None if dg is None else dg.sum(3)[..., None], dinitial

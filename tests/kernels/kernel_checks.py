@@ -1,10 +1,13 @@
 """What every kernel must satisfy: values and all gradients against its reference in float64."""
 
+from typing import Any
+
 import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.typing import fields
 from pallas_kernels.specs import Spec, held
 
 HALF = "bfloat16"
@@ -46,6 +49,30 @@ def heads_repeated(reference):
         return reference(q, k, v, **options)
 
     return run
+
+
+def cell_inputs(cell, dtype=np.float32) -> tuple[Any, dict[str, Any]]:
+    """Inputs of a cell of memjax and what else `memjax.run` takes: keys of one head for two
+    memories, resets, tokens that only read, a state."""
+    rng = np.random.default_rng(0)
+    batch, length, heads = 2, 37, 2
+
+    def normal(*shape):
+        return rng.standard_normal((batch, length, *shape))
+
+    made = {
+        "query": lambda: normal(1, 64),
+        "key": lambda: normal(1, 64) / 8,
+        "value": lambda: normal(heads, 64),
+        "log_decay": lambda: -np.abs(normal(heads)),
+        "rate": lambda: np.abs(normal(1)) % 1,
+    }
+    xs = cell.inputs(*(made[f.kind]().astype(dtype) for f in fields(cell.inputs).values()))
+    return xs, dict(
+        reset=jnp.asarray(rng.random((batch, length)) < 0.1),
+        write=jnp.asarray(rng.random((batch, length)) < 0.8),
+        state=rng.standard_normal((batch, heads, 64, 64)).astype(np.float32),
+    )
 
 
 def distance(found, wanted) -> float:

@@ -11,8 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import kernel_checks
+import numpy as np
 import pytest
+from test_ops import CELLS
 
+import memjax
 from memjax import cost
 from pallas_kernels import chunk_delta, chunk_linear, common, interpreted, ops
 from pallas_kernels.chunk_delta import reference as delta
@@ -217,3 +220,16 @@ def test_a_policy_saves_the_second_forward_kernel(op):
 def test_the_operations_of_a_kernel_are_not_counted(op):
     with common.compiling_for("9.0"), pytest.raises(ValueError, match="that is not counted"):
         cost.flops(lambda arrays: OPS[op][0](**arrays, platform="gpu"), given(op))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_run_them(name):
+    cell = CELLS[name]
+    xs, given = kernel_checks.cell_inputs(cell, jnp.bfloat16)
+    wanted = memjax.run(cell, {}, xs, **given, implementation="scan")
+    with interpreted("gpu", RACE):
+        found = memjax.run(cell, {}, xs, **given, implementation="pallas")
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-2

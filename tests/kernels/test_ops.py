@@ -19,7 +19,6 @@ from memjax.cells.delta_product import DeltaProduct
 from memjax.cells.gated_delta_net import GatedDeltaNet
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import SimpleGLA
-from memjax.typing import fields
 from pallas_kernels import chunk_delta, chunk_linear, interpreted, ops
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta import specs as delta_specs
@@ -240,34 +239,15 @@ CELLS = {
 
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_run_them(name):
-    """Keys of one head for two memories, resets, tokens that only read, a state."""
     cell = CELLS[name]
-    rng = np.random.default_rng(0)
-    batch, length, heads = 2, 37, 2
-
-    def normal(*shape):
-        return rng.standard_normal((batch, length, *shape)).astype(np.float32)
-
-    made = {
-        "query": lambda: normal(1, 64),
-        "key": lambda: normal(1, 64) / 8,
-        "value": lambda: normal(heads, 64),
-        "log_decay": lambda: -np.abs(normal(heads)),
-        "rate": lambda: np.abs(normal(1)) % 1,
-    }
-    xs = cell.inputs(*(made[field.kind]() for field in fields(cell.inputs).values()))
-    given = dict(
-        reset=jnp.asarray(rng.random((batch, length)) < 0.1),
-        write=jnp.asarray(rng.random((batch, length)) < 0.8),
-        state=rng.standard_normal((batch, heads, 64, 64)).astype(np.float32),
-    )
+    xs, given = kernel_checks.cell_inputs(cell)
     wanted = memjax.run(cell, {}, xs, **given, implementation="scan")
     with interpreted():
         found = memjax.run(cell, {}, xs, **given, implementation="pallas")
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-5
-    never = given | {"write": jnp.zeros((batch, length, heads), bool), "reset": None}
+    never = given | {"write": jnp.zeros((2, 37, 2), bool), "reset": None}
     with interpreted():
         _, kept = memjax.run(cell, {}, xs, **never, implementation="pallas")
     np.testing.assert_array_equal(kept, given["state"])
