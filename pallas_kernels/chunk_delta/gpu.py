@@ -35,10 +35,12 @@ IN_REGISTERS = 128  # the largest K whose states a warpgroup keeps in registers
 
 
 def put(parts, x):
-    """x [64, 64] as the sum of two tiles in shared memory, exact to 2^-17."""
-    main = x.astype(HALF)
-    parts[0] = main
-    parts[1] = (x - main.astype(WIDE)).astype(HALF)
+    """x [64, 64] as the sum of two tiles in shared memory, exact to 2^-17. It is rounded to the
+    first by its bits, since conversions that are not of two numbers at once are slow."""
+    bits = (lax.bitcast_convert_type(x, jnp.int32) + 0x8000) & ~0xFFFF
+    main = lax.bitcast_convert_type(bits, WIDE)
+    parts[0] = main.astype(HALF)
+    parts[1] = (x - main).astype(HALF)
 
 
 def total(parts):
@@ -95,8 +97,8 @@ def inverses(k, beta, sums, *, interpret):
     As `common.unit_lower_inverses`, with the mask on what is found: X, the inverse of the blocks on
     the diagonal, is zero elsewhere, so that in X L X each pair of blocks stands alone.
     """
-    batch, length, heads, width = k.shape
-    chunks, steps = length // SIDE, width // SIDE
+    batch, length, fewer, width = k.shape
+    heads, chunks, steps = beta.shape[1], length // SIDE, width // SIDE
     gated = sums is not None
 
     def body(x):
@@ -105,7 +107,8 @@ def inverses(k, beta, sums, *, interpret):
         if gated:
             copies.append((x.sums.at[row, head, chunk], x.decays))
         for n in range(steps):
-            copies.append((x.k.at[row, span(chunk), head, span(n)], x.work.at[n]))
+            of_key = lax.div(head, heads // fewer)
+            copies.append((x.k.at[row, span(chunk), of_key, span(n)], x.work.at[n]))
         copy_in(x.ready, *copies)
         plgpu.barrier_wait(x.ready)
         keys = [x.work.at[n] for n in range(steps)]
@@ -113,18 +116,19 @@ def inverses(k, beta, sums, *, interpret):
         alike = mosaic.of_rows(x.rates, alike.shape) * mosaic.lower(alike, x.decays)
         i, j = mosaic.places(SIDE)
         lower = jnp.where(i > j, alike, 0.0)
-        low, inner = in_pairs(x.work, 2)
-        put(low, lower)
+        put(x.work.at[:2], lower)
 
         def joins(bits):
-            return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits != j >> bits)
+            return (i ^ j) >> bits == 1
 
         def double(bits, found):
-            put(x.found, found)
+            work, parts = unhoisted(x.work, x.found)
+            low, inner = in_pairs(work, 2)
+            put(parts, found)
             plgpu.commit_smem()
-            put(inner, dots(in_parts(halves(low), halves(x.found)))[0])
+            put(inner, dots(in_parts(halves(low), halves(parts)))[0])
             plgpu.commit_smem()
-            return jnp.where(joins(bits), -dots(in_parts(halves(x.found), halves(inner)))[0], found)
+            return jnp.where(joins(bits), -dots(in_parts(halves(parts), halves(inner)))[0], found)
 
         found = jnp.where(i == j, 1.0, jnp.where(joins(0), -lower, 0.0))
         put(x.found, lax.fori_loop(1, SIDE.bit_length() - 1, double, found))
@@ -205,9 +209,11 @@ class Walk:
         return span(lax.axis_index("tile"))
 
     def tokens(self, source, n, columns, part=0):
-        """64 columns of the chunk of step n in [B, T, (2) H, D]."""
+        """64 columns of the chunk of step n in [B, T, H, D], [B, T, 2 H, D] of parts, or
+        [B, T, h, D] of fewer heads."""
         row, chunk = self.at(n)
-        return source.at[row, span(chunk), self.head(part), columns]
+        head = lax.div(self.head(part), max(1, self.heads // source.shape[2]))
+        return source.at[row, span(chunk), head, columns]
 
     def fetch_keys(self, n, slot):
         for i in range(self.steps):
@@ -298,8 +304,8 @@ def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpre
     T must be a multiple of chunk, which is 64. beta: columns [B, H, N, C, 1]. sums:
     `common.log_decay_sums`' of single heads.
     """
-    batch, length, count, width = q.shape
-    size, chunks = v.shape[-1], length // chunk
+    batch, length, count, size = v.shape
+    width, chunks = q.shape[-1], length // chunk
     beta, (_, sums) = beta[..., 0], sums or (None, None)
     found = inverses(k, beta, sums, interpret=interpret)
 

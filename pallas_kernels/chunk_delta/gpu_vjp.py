@@ -41,8 +41,8 @@ from pallas_kernels.mosaic import SIDE, copy_in, decayed, load, of_rows, span, s
 def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
     """(dv, dinitial, dS behind the chunks [B, N, 2 H, K, V], dY [B, T, 2 H, V]), the latter two in
     parts. beta: [B, H, N, C]; sums: rows of `common.log_decay_sums`, or None; found: M."""
-    batch, length, heads, width = q.shape
-    size, chunks = do.shape[-1], length // SIDE
+    batch, length, heads, size = do.shape
+    width, chunks = q.shape[-1], length // SIDE
 
     def step(walk, n, slot, state):
         x, later = walk.x, n + 1 < chunks
@@ -123,8 +123,8 @@ def values_of(x, heads, row, chunk, head, columns):
 def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
     """[both parts of dA, and dB, [B, H, N, 3, C, C], dbeta [B, H, N, C], and if there are decays,
     what dg has from pairs of tokens, [B, H, N, C]]. rows, wanted: R and dY in parts."""
-    batch, length, heads, width = q.shape
-    size, chunks = do.shape[-1], length // SIDE
+    batch, length, heads, size = do.shape
+    group, width, chunks = heads // q.shape[2], q.shape[3], length // SIDE
     across, steps = size // SIDE, width // SIDE
     slots = 2
     gated = sums is not None
@@ -144,7 +144,8 @@ def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
                 plgpu.wgmma(dlower, a, b)
 
         def fetch_keys(n, slot):
-            sources = [ref.at[row, span(chunk), head, span(n)] for ref in (x.q, x.k)]
+            there = (row, span(chunk), lax.div(head, group), span(n))
+            sources = [ref.at[there] for ref in (x.q, x.k)]
             copy_in(x.keys_arrived.at[slot], *zip(sources, each(x.tiles.at[slot, :2]), strict=True))
 
         def use_keys(slot, asked, alike):
@@ -212,10 +213,12 @@ def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
 
 
 def keys(q, k, do, beta, sums, bounds, dbounds, rows, wanted, dpairs, *, scale, interpret):
-    """[dq, dk, and if there are decays, what dg has from 64 columns of K, [B, H, N, K / 64, C]].
-    bounds, dbounds, rows, wanted: S, dS, R and dY in parts; dpairs: dA and dB."""
-    batch, length, heads, width = q.shape
-    size, chunks, across = do.shape[-1], length // SIDE, width // SIDE
+    """[dq and dk of each of H heads, and if there are decays, what dg has from 64 columns of K,
+    [B, H, N, K / 64, C]]. bounds, dbounds, rows, wanted: S, dS, R and dY in parts; dpairs: dA, dB.
+    """
+    batch, length, heads, size = do.shape
+    group, width = heads // q.shape[2], q.shape[3]
+    chunks, across = length // SIDE, width // SIDE
     gated = sums is not None
 
     def body(x):
@@ -240,7 +243,8 @@ def keys(q, k, do, beta, sums, bounds, dbounds, rows, wanted, dpairs, *, scale, 
                 plgpu.wgmma(dseen, a, b)
             return jnp.sum(total(state) * total(dstate), axis=1) if gated else None
 
-        tokens = [(ref.at[row, span(chunk), head, span(column)]) for ref in (x.q, x.k)]
+        there = (row, span(chunk), lax.div(head, group), span(column))
+        tokens = [ref.at[there] for ref in (x.q, x.k)]
         copies = [
             *zip(tokens, (x.q_tile, x.k_tile), strict=True),
             (x.dpairs.at[row, head, chunk, 1:], x.made),
@@ -290,8 +294,7 @@ def keys(q, k, do, beta, sums, bounds, dbounds, rows, wanted, dpairs, *, scale, 
         body,
         given,
         {
-            "dq": shape(q.shape, HALF),
-            "dk": shape(k.shape, HALF),
+            **dict.fromkeys(("dq", "dk"), shape((batch, length, heads, width), HALF)),
             "dg": shape((batch, heads, chunks, across, SIDE), WIDE) if gated else None,
         },
         {
@@ -327,5 +330,6 @@ def backward(q, k, v, beta, sums, kept, do, dfinal, *, scale, chunk, heads, inte
     dpairs, dbeta, *of_pairs = pairs(q, k, do, beta, sums, rows, wanted, **options)
     given = q, k, do, beta, sums, bounds, dbounds, rows, wanted, dpairs
     dq, dk, *of_keys = keys(*given, **options)
+    dq, dk = (x.reshape(*q.shape[:3], -1, q.shape[3]).sum(3) for x in (dq, dk))
     dg = (of_pairs[0] + of_keys[0].sum(3))[..., None] if of_keys else None
     return dq, dk, dv, dbeta[..., None], dg, dinitial
