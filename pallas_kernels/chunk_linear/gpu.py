@@ -23,7 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import SIDE, copy_in, decayed, dot, load, store, tile, turned
 
-SLOTS = 4  # chunks of the walk that are in shared memory or on their way
+# Chunks of the walk in shared memory or on their way: a multiprocessor has room for three blocks.
+SLOTS = 3
 
 
 def states(a, b, sums, initial, *, scale, backward, name, interpret):
