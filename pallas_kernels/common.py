@@ -124,25 +124,11 @@ class Call(NamedTuple):
 
 
 def call(
-    name: str,
-    q,
-    k,
-    v,
-    g,
-    initial_state,
-    reset,
-    scale,
-    chunk,
-    platform,
-    *,
-    size_of,
-    beta=None,
-    sharing: tuple[str, ...] = (),
+    name: str, q, k, v, g, initial_state, reset, scale, chunk, platform, *, size_of, beta=None
 ) -> Call:
     """What an op hands to its kernel; NotImplementedError when that does not serve.
 
-    sharing: platforms whose kernels read the q and k that several heads share; for others they are
-    repeated.
+    Heads that share q and k read them where they lie on GPUs; for TPUs they are repeated.
     """
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform = target(platform)
@@ -157,7 +143,7 @@ def call(
         block = plan_gpu(name, v, chunk, interpret)
     batch, _, heads, size = v.shape
     width = q.shape[-1]
-    if platform not in sharing:
+    if platform == "tpu":
         q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, size))

@@ -16,37 +16,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 SIDE = 64  # of a tile, and the tokens of a chunk: wgmma makes 64 rows at a time
 WGMMA = plgpu.Layout.WGMMA
-_NEW = "out_type" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
-_INDEX = () if _NEW else ((),)
+_OLD = "out_shape" in inspect.signature(plgpu.kernel).parameters  # before jax 0.12
+_TYPES = ("out_shape", "scratch_shapes") if _OLD else ("out_type", "scratch_types")
+_INDEX = ((),) if _OLD else ()
 
 
-def kernel(body, out, scratch, *, name, grid, interpret, by_lane=False):
-    """`plgpu.kernel` of one warpgroup. out: tree of shapes. scratch, grid: by name; the first axis
-    of the grid is the fastest. by_lane: lowered by the older rules, which take layouts from the
-    operands; the newer ones search for them, for minutes in a long kernel."""
-    out_name, scratch_name = (
-        ("out_type", "scratch_types") if _NEW else ("out_shape", "scratch_shapes")
-    )
-    return plgpu.kernel(
-        body,
-        **{out_name: out, scratch_name: scratch},
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0 if by_lane else 2048,
-            lowering_semantics=getattr(plgpu.LoweringSemantics, "Lane" if by_lane else "Warpgroup"),
-        ),
-        interpret=interpret or False,
-    )
+def run(body, given, out, scratch, *, name, grid, interpret, by_lane=False):
+    """Runs `body(x)` of one warpgroup in every cell of a grid; returns the outputs as a list.
 
-
-def run(body, given, out, scratch, **options):
-    """`kernel` with names: `body(x)` has a ref for each, and None for what is None. Returns the
-    outputs as a list.
-
-    given: arrays by name; out: shapes; scratch: what lies in shared memory.
+    given: arrays by name; out: shapes; scratch: what lies in shared memory. x has a ref for each,
+    and None for what is None. grid: axes by name, the first the fastest. by_lane: lowered by the
+    older rules, which take layouts from the operands; the newer ones search for them, for minutes
+    in a long kernel.
     """
     absent = dict.fromkeys({**given, **out, **scratch})
     given, out, scratch = (
@@ -57,7 +38,21 @@ def run(body, given, out, scratch, **options):
     def named(*refs, **scratch):
         body(SimpleNamespace(**absent | dict(zip([*given, *out], refs, strict=True)) | scratch))
 
-    return kernel(named, list(out.values()), scratch, **options)(*given.values())
+    semantics = plgpu.LoweringSemantics
+    types = dict(zip(_TYPES, (list(out.values()), scratch), strict=True))
+    return plgpu.kernel(
+        named,
+        **types,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0 if by_lane else 2048,
+            lowering_semantics=semantics.Lane if by_lane else semantics.Warpgroup,
+        ),
+        interpret=interpret or False,
+    )(*given.values())
 
 
 # ---------------------------------------------------------------- tiles

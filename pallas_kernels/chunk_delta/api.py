@@ -46,8 +46,9 @@ def chunk_delta(
     """
     sizes = dict(width=q.shape[-1], size=v.shape[-1], like=v)
     size_of = functools.partial(common.vmem, **sizes, states=28, pairs=22)
-    given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
-    call = common.call(NAME, *given, size_of=size_of, beta=beta, sharing=("gpu",))
+    call = common.call(
+        NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of, beta=beta
+    )
     beta = common.padded(beta.astype(jnp.float32), call.static.chunk)
     o, state = _op(call.static, *call.arrays[:3], beta, *call.arrays[3:])
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")

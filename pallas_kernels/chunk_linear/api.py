@@ -43,8 +43,9 @@ def chunk_linear(
     sizes = dict(width=q.shape[-1], size=v.shape[-1], like=v)
     states = 14 + 2 * v.dtype.itemsize
     size_of = functools.partial(common.vmem, **sizes, states=states, pairs=10)
-    given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
-    call = common.call(NAME, *given, size_of=size_of, sharing=("gpu",))
+    call = common.call(
+        NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of
+    )
     o, state = _op(call.static, *call.arrays)
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")
 

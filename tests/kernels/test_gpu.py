@@ -146,8 +146,8 @@ def shape_of(op, arrays, **options):
     ],
 )
 def test_a_refusal_has_its_reason(op, changes, options, message):
-    arrays = given(op, **changes)
-    arrays |= {"g": options.pop("g")} if "g" in options else {}
+    arrays = given(op, **changes) | {name: a for name, a in options.items() if name == "g"}
+    options = {name: value for name, value in options.items() if name != "g"}
     with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match=f"{op} .*{message}"):
         shape_of(op, arrays, **options)
 
