@@ -194,6 +194,7 @@ def both(op, forward=1, backward=1):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_how_often_the_kernels_run(op):
     def twice(arrays):
