@@ -85,12 +85,12 @@ def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
         put(first, wanted)
         dv = of_rows(x.rates, wanted.shape) * wanted
         store(do, dv)
-        put(second, -decayed(dv, x.decays, since_start=True))
+        put(second, decayed(dv, x.decays, since_start=True))
         plgpu.commit_smem()
         pl.when(later)(lambda: walk.fetch_rates(n + 1))
         walk.keep_rows(first, x.wanted, n)
         plgpu.copy_smem_to_gmem(do, walk.tokens(x.dv, n, walk.columns()))
-        state = walk.moved(state, 1.0, lambda i: dots(both(turned(keys[i]), halves(second)))[0])
+        state = walk.moved(state, 1.0, lambda i: -dots(both(turned(keys[i]), halves(second)))[0])
         pl.when(n + 2 < chunks)(lambda: walk.fetch_keys(n + 2, slot))
         return state
 
