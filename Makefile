@@ -25,8 +25,11 @@ test-fast: environment
 test-slow: environment # pytest says 5 when no test is marked slow
 	$(CPU) $(PYTHON) $(PYTEST) -m slow --ignore tests/kernels || test $$? -eq 5
 
-test-kernels: environment ## all tests of pallas_kernels/; it installs libtpu, which compiles for TPUs
+# A CUDA plugin in the environment itself would end every run that does not name its platform.
+test-kernels: environment ## all tests of pallas_kernels/; it installs what compiles for TPUs and GPUs
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[tpu]'
+	test -d .venv/cuda || $(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \
+	    --no-deps --target .venv/cuda jax-cuda13-plugin jax-cuda13-pjrt
 	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
 
 test-optional: environment ## the tests that need optional packages, which it installs
@@ -46,8 +49,9 @@ benchmark: environment ## speed and peak memory of the cells' forms
 
 constraints: ## look up the newest versions again (needs uv and a network)
 	{ echo '# The versions that memjax is tested with. Written by "make constraints".'; \
-	  uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
-	    --extra dev --extra logging --extra notebooks --extra tfds --extra tpu pyproject.toml; \
+	  echo jax-cuda13-plugin | uv pip compile -q --universal --python-version 3.11 --no-header \
+	    --no-annotate --extra dev --extra logging --extra notebooks --extra tfds --extra tpu \
+	    pyproject.toml -; \
 	} >constraints.new && mv constraints.new constraints.txt
 
 environment:

@@ -24,8 +24,8 @@ _REDUCTIONS = frozenset(
 _UNKNOWN = {
     "while": "a while loop's number of trips is not known before it runs",
     **dict.fromkeys(
-        ("conv_general_dilated", "pallas_call", "fft", "cholesky", "eigh", "lu", "qr", "svd",
-         "triangular_solve", "ffi_call"),
+        ("conv_general_dilated", "mpmd_map", "pallas_call", "fft", "cholesky", "eigh", "lu", "qr",
+         "svd", "triangular_solve", "ffi_call"),
         "the function has an operation that is not counted (see memjax/cost.py)",
     ),
 }  # fmt: skip
@@ -64,7 +64,7 @@ def _equation(equation: Any) -> int:
         return _size(equation.outvars[0])
     if name in _REDUCTIONS:
         return _size(equation.invars[0])
-    inner = [params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params]
+    inner = [params[key] for key in ("jaxpr", "call", "call_jaxpr", "fun_jaxpr") if key in params]
     return sum(_count(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in inner)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +24,8 @@ _interpreted: list = []
 def interpreted(platform: str = "tpu", how=True):
     """Within it kernels for a platform run on the machine at hand, slowly, for tests.
 
-    how: the `interpret` of `pallas_call`: True, or `pltpu.InterpretParams`. Functions that were
-    traced before are not traced again by `jax.jit`.
+    how: the `interpret` of `pallas_call`: True, or `pltpu.InterpretParams`; for "gpu"
+    `plgpu.InterpretGPUParams`. Functions that were traced before are not traced again by `jax.jit`.
     """
     _interpreted.append((how, platform))
     try:
@@ -36,9 +38,43 @@ def target(platform: str | None):
     """(how to interpret or False, platform, its generation or ""); of the default backend when none
     is given."""
     platform, _, generation = (platform or "").partition(" ")
+    platform = "gpu" if platform == "cuda" else platform
     if _interpreted and platform in ("", _interpreted[-1][1]):
         return *_interpreted[-1], generation
     return False, platform or jax.default_backend(), generation
+
+
+_capabilities: list[str] = []
+
+
+@contextlib.contextmanager
+def compiling_for(capability: str):
+    """Within it kernels for GPUs are lowered for this compute capability, such as "9.0", whatever
+    GPU is at hand."""
+    _capabilities.append(capability)
+    try:
+        yield
+    finally:
+        _capabilities.pop()
+
+
+def gpu_capability() -> str | None:
+    """That of `compiling_for`, of the GPU at hand, or None."""
+    if _capabilities:
+        return _capabilities[-1]
+    try:
+        return jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:  # this is how jax says that there is none
+        return None
+
+
+def kernels(op: str, platform: str) -> tuple[Callable, Callable]:
+    """The forward and the backward function of an op. Imported here, because Mosaic GPU needs what
+    a machine without GPUs may not have."""
+    forward, backward = (
+        importlib.import_module(f"pallas_kernels.{op}.{platform}{end}") for end in ("", "_vjp")
+    )
+    return forward.forward, backward.backward
 
 
 def padded(tree, chunk: int):
@@ -54,6 +90,9 @@ def padded(tree, chunk: int):
 # ---------------------------------------------------------------- what a kernel serves
 
 CHUNKS = (128, 64, 32, 16)
+GPU_CHUNK = 64
+GPU_CAPABILITY = "9.0"  # Hopper
+GPU_JAX = (0, 11, 2)  # the first version that these kernels are tested with on GPUs
 WIDTHS = (64, 128, 256)
 MIB = 2**20
 # Bytes of VMEM that a kernel may take by our count on a v4, which has 16 MiB, and on later TPUs,
@@ -76,7 +115,16 @@ class Static(NamedTuple):
     chunk: int
     heads: int
     interpret: Any
-    limit: int | None
+    limit: int | None = None
+    platform: str = "tpu"
+
+    def options(self) -> dict[str, Any]:
+        """What the functions of `kernels` take by name."""
+        options = self._asdict()
+        del options["platform"]
+        if self.platform == "gpu":
+            del options["limit"]
+        return options
 
 
 class Call(NamedTuple):
@@ -89,25 +137,35 @@ class Call(NamedTuple):
 def call(
     name: str, q, k, v, g, initial_state, reset, scale, chunk, platform, *, size_of, beta=None
 ) -> Call:
-    """What an op hands to its kernel; NotImplementedError when that does not serve."""
+    """What an op hands to its kernel; NotImplementedError when that does not serve.
+
+    Heads that share q and k read them where they lie on GPUs; for TPUs they are repeated.
+    """
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform, generation = target(platform)
-    if platform != "tpu":
+    if platform not in ("tpu", "gpu"):
         raise NotImplementedError(
-            f"{name} has a kernel for tpu, none for {platform}; use a plain form"
+            f"{name} has kernels for tpu and gpu, none for {platform}; use a plain form"
         )
-    small = has_small_memory(generation)
-    block = plan(name, q, k, v, g, chunk, size_of, SMALL if small else LARGE)
+    check_served(name, q, k, v)
+    limit = None
+    if platform == "gpu":
+        block = plan_gpu(name, v, g, chunk, interpret)
+    elif has_small_memory(generation):
+        block = plan(name, q, v, g, chunk, size_of, SMALL)
+    else:
+        block, limit = plan(name, q, v, g, chunk, size_of, LARGE), LIMIT
     batch, _, heads, size = v.shape
     width = q.shape[-1]
-    q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
+    if platform == "tpu":
+        q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, size))
     if g is None and reset is not None:
         g = jnp.zeros(v.shape[:3])
     g, initial_state = jax.tree.map(lambda a: a.astype(jnp.float32), (g, initial_state))
     scale = float(width**-0.5 if scale is None else scale)
-    static = Static(scale, *block, interpret, None if small else LIMIT)
+    static = Static(scale, *block, interpret, limit, platform)
     # A token of zeros changes nothing.
     return Call(static, (*padded((q, k, v, g, reset), block.chunk), initial_state))
 
@@ -149,6 +207,30 @@ def check_served(name: str, q, k, v) -> None:
         )
 
 
+def plan_gpu(name: str, v, g, chunk, interpret) -> Block:
+    """The only block; NotImplementedError when the kernel does not serve."""
+    if g is not None and g.ndim == 4:
+        raise NotImplementedError(f"{name} has no kernel for a decay of each channel on GPUs")
+    if v.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"{name} takes bfloat16 on GPUs, whose tensor cores round float32 to TF32; given "
+            f"{v.dtype}; use a plain form"
+        )
+    if chunk not in (None, GPU_CHUNK):
+        raise NotImplementedError(f"{name} takes chunks of {GPU_CHUNK} on GPUs; given {chunk}")
+    capability = GPU_CAPABILITY if interpret else gpu_capability()
+    if capability != GPU_CAPABILITY:
+        raise NotImplementedError(
+            f"{name} has kernels for GPUs of compute capability {GPU_CAPABILITY} (H100, H200); "
+            + (f"this one has {capability}; use a plain form" if capability else "there is no GPU")
+        )
+    if jax.__version_info__ < GPU_JAX:
+        raise NotImplementedError(
+            f"{name} needs jax {'.'.join(map(str, GPU_JAX))} on GPUs; this is {jax.__version__}"
+        )
+    return Block(GPU_CHUNK, 1)
+
+
 def has_small_memory(generation: str) -> bool:
     """Whether kernels have to fit a v4; so where the TPU's generation is not known."""
     if not generation and jax.default_backend() == "tpu":
@@ -174,14 +256,13 @@ def vmem(
     return of_tokens + heads * of_heads
 
 
-def plan(name: str, q, k, v, g, chunk, size_of, room: int) -> Block:
+def plan(name: str, q, v, g, chunk, size_of, room: int) -> Block:
     """The largest block that fits a TPU; NotImplementedError when the kernel does not serve.
 
     size_of: (tokens, heads) -> bytes of VMEM. room: those that it may take.
     """
     length, count, size = v.shape[1:]
     width = q.shape[-1]
-    check_served(name, q, k, v)
     if chunk is not None and chunk not in CHUNKS:
         raise NotImplementedError(f"{name} takes chunks of {CHUNKS}; given {chunk}")
     heads = 8 if count % 8 == 0 else count

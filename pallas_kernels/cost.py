@@ -7,20 +7,18 @@ Needs libtpu (`pip install memjax[tpu]`). README.md says how to read it.
 """
 
 import argparse
-import datetime
 import json
 import math
-import pathlib
 from collections.abc import Iterator
-from importlib import metadata
 
 import jax.numpy as jnp
 
-from pallas_kernels import deviceless
+from pallas_kernels import deviceless, tables
 from pallas_kernels.ops import OPS, arguments, function, work
+from pallas_kernels.tables import markdown
 
-HERE = pathlib.Path(__file__).parent
-COMPILED = HERE / "compiled.json"
+COMPILED = tables.HERE / "compiled.json"
+PACKAGES = ("jax", "libtpu")
 # What names a row of the table of memory, and one of the table of costs.
 CASE = ("op", "decay", "dtype", "width", "generation")
 NAMED = ("op", "decay", "direction", "generation")
@@ -38,7 +36,7 @@ def main():
     parser.add_argument("--plain", action="store_true", help="the plain chunked forms too")
     given = parser.parse_args()
     kept = json.loads(COMPILED.read_text(encoding="utf-8")) if COMPILED.exists() else {}
-    made = {"date": datetime.date.today().isoformat(), "versions": versions()}
+    made = tables.made(*PACKAGES)
     found = {
         **made,
         "costs": list(costs(False)),
@@ -54,11 +52,6 @@ def main():
     }
     COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_tables(found)
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    return {name: metadata.version(name) for name in ("jax", "libtpu")}
 
 
 def costs(plain: bool) -> Iterator[dict]:
@@ -107,30 +100,15 @@ def compiled(op, decay, dtype, width, generation) -> dict:
 
 
 def write_tables(found: dict) -> None:
-    """Writes the tables of README.md between their marks."""
-
-    def made(what):
-        versions = (f"{name} {version}" for name, version in what["versions"].items())
-        return f"on {what['date']} with {', '.join(versions)}"
-
-    written = f"Written {made(found)}"
-    plain = f"; the plain forms {made(found['plain'])}" if found["plain"] else ""
-    tables = {
-        "costs": f"{written}{plain}.\n\n{cost_table(found)}",
-        "memory": f"{written}.\n\n{memory_table(found['memory'])}",
-    }
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for mark, table in tables.items():
-        before, _, rest = text.partition(f"<!-- {mark} -->\n")
-        _, _, after = rest.partition(f"<!-- /{mark} -->")
-        text = f"{before}<!-- {mark} -->\n{table}<!-- /{mark} -->{after}"
-    readme.write_text(text, encoding="utf-8")
-
-
-def markdown(head, rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    """Writes the tables of README.md."""
+    written = f"Written {tables.when(found)}"
+    plain = f"; the plain forms {tables.when(found['plain'])}" if found["plain"] else ""
+    tables.write(
+        {
+            "costs": f"{written}{plain}.\n\n{cost_table(found)}",
+            "memory": f"{written}.\n\n{memory_table(found['memory'])}",
+        }
+    )
 
 
 def cost_table(found: dict) -> str:

@@ -132,3 +132,35 @@ def shared(**more) -> tuple[Spec, ...]:
         case(name="channel_bf16_extreme", **HALF, decay="channel", gate=60.0),
         case(name="channel_bf16_slow", **HALF, decay="channel", gate=0.01),
     )
+
+
+def shared_on_gpu(**more) -> tuple[Spec, ...]:
+    """The cases on GPUs: bfloat16 in chunks of 64. What rounding a state does to dg depends on how
+    much of <S, dS> cancels, which is one number for each head and chunk: it takes 8 heads to
+    compare the distance with what is expected of rounding."""
+    case = partial(Spec, dtype="bfloat16", **more)
+    eight = partial(case, H=8)
+    return (
+        eight(name="one_chunk", T=64),
+        eight(name="ragged", B=2, T=100),
+        eight(name="one_token", B=2, T=1),
+        eight(name="a_token_less", T=63),
+        eight(name="a_token_more", T=65),
+        case(name="many_chunks", T=600, H=1),
+        eight(name="no_state", T=128, state=False),
+        case(name="no_decay", T=100, H=1, decay="none", tags=("fast",)),
+        case(name="no_decay_resets", T=100, decay="none", resets=(0, 20, 64, 99)),
+        eight(name="resets", B=2, T=150, resets=(0, 7, 64, 70, 149)),
+        eight(name="all_resets", T=70, resets=tuple(range(70))),
+        eight(name="gate_exactly_1", T=100, gate=0.0),
+        eight(name="gate_extreme", T=100, gate=60.0, resets=(9,)),
+        eight(name="gate_mixed", T=128, gate=0.1, strong=1e4),
+        eight(name="gate_infinite", T=100, strong=math.inf),
+        eight(name="groups", B=2, T=41, key_heads=4, resets=(3, 20)),
+        eight(name="shared_key", T=80, key_heads=1),
+        case(name="wide", T=100, H=8, K=128, V=128),
+        case(name="wide_v", T=100, H=4, V=256),
+        case(name="wide_k", T=100, H=4, K=256),
+        eight(name="equal_keys", T=128, keys="equal", gate=0.1),
+        eight(name="alike_keys", T=128, keys="cosine", gate=0.1),
+    )

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common, decays
-from pallas_kernels.chunk_delta import tpu, tpu_vjp
 
 NAME = "chunk_delta"
 LEAST = 2.0**-100  # of beta, by which its gradient divides what was written
@@ -34,7 +33,7 @@ def chunk_delta(
       scale: a Python number; None for K ** -0.5.
       chunk: tokens in a chunk, 16, 32, 64 or 128; None chooses. Changes speed only.
       platform: "tpu", or with its generation, such as "tpu v5e", without which blocks fit a v4;
-        None for the default backend.
+        "gpu" for H100 and H200; None for the default backend.
 
     Returns:
       o [B, T, H, V] in the dtype of v, and the last state, float32 [B, H, K, V]. Both, and the
@@ -75,7 +74,8 @@ def _op(static, q, k, v, beta, g, reset, initial):
 
 def _forward(static, q, k, v, beta, g, reset, initial, keep):
     decaying, columns = decays.arrays(g, reset, static), _columns(beta, static)
-    return tpu.forward(q, k, v, columns, decaying, initial, keep=keep, **static._asdict())
+    forward, _ = common.kernels(NAME, static.platform)
+    return forward(q, k, v, columns, decaying, initial, keep=keep, **static.options())
 
 
 def _op_forward(static, q, k, v, beta, g, reset, initial):
@@ -87,8 +87,9 @@ def _op_forward(static, q, k, v, beta, g, reset, initial):
 def _op_backward(static, saved, cotangents):
     q, k, v, beta, g, reset, kept = saved
     decaying, columns = decays.arrays(g, reset, static), _columns(beta, static)
-    dq, dk, dv, dbeta, dg, dinitial = tpu_vjp.backward(
-        q, k, v, columns, decaying, kept, *cotangents, **static._asdict()
+    _, backward = common.kernels(NAME, static.platform)
+    dq, dk, dv, dbeta, dg, dinitial = backward(
+        q, k, v, columns, decaying, kept, *cotangents, **static.options()
     )
     return dq, dk, dv, common.by_token(dbeta), common.clipped(dg, g), None, dinitial
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pallas_kernels.specs import HALF, Spec, shared
+from pallas_kernels.specs import HALF, Spec, shared, shared_on_gpu
 
 LONG: dict[str, Any] = {"T": 128, "chunk": 64}
 FULL: dict[str, Any] = {"T": 384, "chunk": 128, "H": 1, "K": 128, "V": 128, "dtype": "bfloat16"}
@@ -18,4 +18,15 @@ SPECS = (
     Spec(name="bf16_full_alike_keys", **FULL, keys="cosine", gate=0.1, beta=(1.5, 2.0)),
     Spec(name="bf16_full_equal_keys", **FULL, keys="equal", decay="none", beta=(1.0, 1.0)),
     Spec(name="bf16_full_slow", **FULL, gate=0.01, beta=(0.0, 2.0)),
+)
+GPU: dict[str, Any] = {"T": 192, "H": 8, "dtype": "bfloat16"}
+GPU_SPECS = (
+    *shared_on_gpu(beta=(0.0, 2.0)),
+    Spec(name="equal_keys_beta_1", **GPU, keys="equal", decay="none", beta=(1.0, 1.0)),
+    Spec(name="equal_keys_beta_2", **GPU, keys="equal", gate=0.1, beta=(2.0, 2.0)),
+    Spec(name="alike_keys_beta_95", **GPU, keys="cosine", gate=0.1, beta=(0.95, 0.95)),
+    Spec(name="alike_keys_wide", **GPU, K=128, keys="cosine", decay="none", beta=(0.95, 0.95)),
+    Spec(name="alike_keys_widest", **GPU, K=256, keys="cosine", gate=0.1, beta=(0.95, 0.95)),
+    Spec(name="long_keys", **GPU, norm=3.0, gate=0.1, beta=(0.0, 0.2)),
+    Spec(name="beta_0", **GPU, beta=(0.0, 0.0)),
 )

@@ -6,7 +6,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common, decays
-from pallas_kernels.chunk_linear import tpu, tpu_vjp
 
 NAME = "chunk_linear"
 
@@ -30,7 +29,7 @@ def chunk_linear(
       scale: a Python number; None for K ** -0.5.
       chunk: tokens in a chunk, 16, 32, 64 or 128; None chooses. Changes speed only.
       platform: "tpu", or with its generation, such as "tpu v5e", without which blocks fit a v4;
-        None for the default backend.
+        "gpu" for H100 and H200; None for the default backend.
 
     Returns:
       o [B, T, H, V] in the dtype of v, and the last state, float32 [B, H, K, V]. Both, and the
@@ -66,7 +65,8 @@ def _op(static, q, k, v, g, reset, initial):
 
 def _forward(static, q, k, v, g, reset, initial, keep):
     decaying = decays.arrays(g, reset, static)
-    return tpu.forward(q, k, v, decaying, initial, keep=keep, **static._asdict())
+    forward, _ = common.kernels(NAME, static.platform)
+    return forward(q, k, v, decaying, initial, keep=keep, **static.options())
 
 
 def _op_forward(static, q, k, v, g, reset, initial):
@@ -77,9 +77,8 @@ def _op_forward(static, q, k, v, g, reset, initial):
 def _op_backward(static, saved, cotangents):
     q, k, v, g, reset, bounds = saved
     decaying = decays.arrays(g, reset, static)
-    dq, dk, dv, dg, dinitial = tpu_vjp.backward(
-        q, k, v, decaying, bounds, *cotangents, **static._asdict()
-    )
+    _, backward = common.kernels(NAME, static.platform)
+    dq, dk, dv, dg, dinitial = backward(q, k, v, decaying, bounds, *cotangents, **static.options())
     return dq, dk, dv, common.clipped(dg, g), None, dinitial
 
 

@@ -1,6 +1,6 @@
 """The cases of chunk_linear."""
 
-from pallas_kernels.specs import HALF, Spec, shared
+from pallas_kernels.specs import HALF, Spec, shared, shared_on_gpu
 
 SPECS = (
     *shared(),
@@ -8,3 +8,4 @@ SPECS = (
     Spec(name="alike_keys", T=48, chunk=16, keys="cosine", gate=0.1),
     Spec(name="bf16_equal_keys", **HALF, keys="equal", gate=0.1),
 )
+GPU_SPECS = shared_on_gpu()

@@ -54,7 +54,7 @@ def window_attention(
     if platform == "tpu":
         common.check_served(NAME, q, k, v)
         o = _on_tpu(q, k, v, window, reset, scale, block, interpret)
-    elif platform in ("gpu", "cuda"):
+    elif platform == "gpu":
         common.check_served(NAME, q, k, v)
         _check_cudnn(q, k, v, reset, interpret)
         o = gpu.attend(q, k, v, **given)

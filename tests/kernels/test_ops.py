@@ -22,7 +22,6 @@ from memjax.cells.gla import GLA
 from memjax.cells.kda import KDA
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import SimpleGLA
-from memjax.typing import fields
 from pallas_kernels import chunk_delta, chunk_linear, decays, interpreted, ops
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta import specs as delta_specs
@@ -281,35 +280,15 @@ CELLS = {
 
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_run_them(name):
-    """Keys of one head for two memories, resets, tokens that only read, a state."""
     cell = CELLS[name]
-    rng = np.random.default_rng(0)
-    batch, length, heads = 2, 37, 2
-
-    def normal(*shape):
-        return rng.standard_normal((batch, length, *shape)).astype(np.float32)
-
-    made = {
-        "query": lambda axes: normal(1, *axes),
-        "key": lambda axes: normal(1, *axes) / 8,
-        "value": lambda axes: normal(heads, *axes),
-        "log_decay": lambda axes: -np.abs(normal(heads, *axes)),
-        "rate": lambda axes: np.abs(normal(1, *axes)) % 1,
-    }
-    kinds = ((field.kind, (64,) * len(field.shape)) for field in fields(cell.inputs).values())
-    xs = cell.inputs(*(made[kind](axes) for kind, axes in kinds))
-    given = dict(
-        reset=jnp.asarray(rng.random((batch, length)) < 0.1),
-        write=jnp.asarray(rng.random((batch, length)) < 0.8),
-        state=rng.standard_normal((batch, heads, 64, 64)).astype(np.float32),
-    )
+    xs, given = kernel_checks.cell_inputs(cell)
     wanted = memjax.run(cell, {}, xs, **given, implementation="scan")
     with interpreted():
         found = memjax.run(cell, {}, xs, **given, implementation="pallas")
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-5
-    never = given | {"write": jnp.zeros((batch, length, heads), bool), "reset": None}
+    never = given | {"write": jnp.zeros((2, 37, 2), bool), "reset": None}
     with interpreted():
         _, kept = memjax.run(cell, {}, xs, **never, implementation="pallas")
     np.testing.assert_array_equal(kept, given["state"])

@@ -1,0 +1,182 @@
+"""What kernels for Hopper share, written with Pallas Mosaic GPU.
+
+A kernel is one warpgroup of 128 threads. Tiles [64, 64] of bfloat16 lie in shared memory in the
+order that wgmma reads (rows of 128 bytes, swizzled); what it sums is float32 in registers, in its
+own layout, where a vector has one number for each row or for each column of a tile.
+"""
+
+import functools
+import inspect
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SIDE = 64  # of a tile, and the tokens of a chunk: wgmma makes 64 rows at a time
+WGMMA = plgpu.Layout.WGMMA
+_OLD = "out_shape" in inspect.signature(plgpu.kernel).parameters  # before jax 0.12
+_TYPES = ("out_shape", "scratch_shapes") if _OLD else ("out_type", "scratch_types")
+_INDEX = ((),) if _OLD else ()
+
+
+def run(body, given, out, scratch, *, name, grid, interpret, by_lane=False):
+    """Runs `body(x)` of one warpgroup in every cell of a grid; returns the outputs as a list.
+
+    given: arrays by name; out: shapes; scratch: what lies in shared memory. x has a ref for each,
+    and None for what is None. grid: axes by name, the first the fastest. by_lane: lowered by the
+    older rules, which take layouts from the operands; the newer ones search for them, for minutes
+    in a long kernel.
+    """
+    absent = dict.fromkeys({**given, **out, **scratch})
+    given, out, scratch = (
+        {key: value for key, value in of.items() if value is not None}
+        for of in (given, out, scratch)
+    )
+
+    def named(*refs, **scratch):
+        body(SimpleNamespace(**absent | dict(zip([*given, *out], refs, strict=True)) | scratch))
+
+    semantics = plgpu.LoweringSemantics
+    types = dict(zip(_TYPES, (list(out.values()), scratch), strict=True))
+    return plgpu.kernel(
+        named,
+        **types,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0 if by_lane else 2048,
+            lowering_semantics=semantics.Lane if by_lane else semantics.Warpgroup,
+        ),
+        interpret=interpret or False,
+    )(*given.values())
+
+
+# ---------------------------------------------------------------- tiles
+
+SUMS = plgpu.ACC((SIDE, SIDE), jnp.float32)
+
+
+def tile(*buffers):
+    """Tiles [64, 64] of bfloat16 in shared memory, as wgmma reads them."""
+    tiling = plgpu.TilingTransform((8, SIDE))  # type: ignore[abstract]
+    swizzle = plgpu.SwizzleTransform(2 * SIDE)  # type: ignore[abstract]
+    return plgpu.SMEM((*buffers, SIDE, SIDE), jnp.bfloat16, transforms=(tiling, swizzle))
+
+
+def copy_in(barrier, *pairs):
+    """Starts copies to shared memory, each an arrival at a barrier. pairs: (from, to)."""
+    for source, there in pairs:
+        plgpu.copy_gmem_to_smem(source, there, barrier)
+
+
+def load(ref, dtype=None, *, shared=True):
+    """A tile in registers; shared: whether it lies in shared memory."""
+    found = plgpu.load(ref, *_INDEX, layout=WGMMA, optimized=shared)
+    return found if dtype is None else found.astype(dtype)
+
+
+def store(ref, x):
+    """Rounds x to a tile in shared memory."""
+    ref[...] = x.astype(jnp.bfloat16)
+
+
+def span(n):
+    """The n-th 64 places of an axis."""
+    return pl.ds(n * SIDE, SIDE)
+
+
+def of_rows(ref, shape):
+    """A vector in shared memory as a number for each row of shape."""
+    vector = plgpu.load(ref, *_INDEX, layout=WGMMA.reduce(1))
+    return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def of_columns(ref, shape):
+    """A vector in shared memory as a number for each column of shape."""
+    vector = plgpu.load(ref, *_INDEX, layout=WGMMA.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def places(size: int):
+    """Row and column of every place of [size, size]."""
+    return tuple(
+        plgpu.broadcasted_iota(jnp.int32, (size, size), axis, layout=WGMMA) for axis in (0, 1)
+    )
+
+
+def turned(ref):
+    """The transpose of a tile, without a move."""
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+def dot(a, b):
+    """The product of two tiles in shared memory; float32 sums in registers."""
+
+    def run(sums):
+        plgpu.wgmma(sums, a, b)
+        return sums[...]
+
+    return pl.run_scoped(run, SUMS)
+
+
+def sums_over(steps: int, slots: int, arrived, fetch, use, count: int) -> list:
+    """`count` tiles of sums over steps, whose operands are copied to slots in turn, and behind them
+    the sum of what `use` returns, if that is not None.
+
+    fetch(n, slot): starts the copies of step n, which arrive at the slot's barrier.
+    use(slot, *sums): starts the products of what is there.
+    """
+
+    def run(*sums):
+        beside = []
+        for n in range(slots):
+            fetch(n, n)
+        for n in range(steps):
+            slot = n % slots
+            plgpu.barrier_wait(arrived.at[slot])
+            beside.append(use(slot, *sums))
+            if n + slots < steps:
+                plgpu.wgmma_wait(0)
+                plgpu.commit_smem()  # what `use` has loaded too
+                fetch(n + slots, slot)
+        found = [x[...] for x in sums]
+        return found if beside[0] is None else [*found, functools.reduce(jnp.add, beside)]
+
+    return pl.run_scoped(run, *[SUMS] * count)
+
+
+# ---------------------------------------------------------------- decays
+
+
+def decayed(x, sums, since_start: bool):
+    """x [C, C] times the decay of each row's token, since the chunk's start or to its end.
+
+    sums [2, C] in shared memory: those of `common.log_decay_sums`; None leaves x as it is.
+    """
+    if sums is None:
+        return x
+    whole, part = (of_rows(sums.at[n], x.shape) for n in (0, 1))
+    if not since_start:
+        whole, part = sums[0, SIDE - 1] - whole, sums[1, SIDE - 1] - part
+    return x * jnp.exp(whole + part)
+
+
+def through(x, sums):
+    """x times the decay of the whole chunk."""
+    return x if sums is None else x * jnp.exp(sums[0, SIDE - 1] + sums[1, SIDE - 1])
+
+
+def lower(x, sums, backward: bool = False):
+    """x [C, C] times the decays from token j to token i, zero where j > i; the transpose of that
+    where backward. Masked before exp; all exponents are at most 0."""
+    i, j = places(SIDE)
+    late, early = (j, i) if backward else (i, j)
+    if sums is None:
+        return jnp.where(late >= early, x, 0.0)
+    of_late, of_early = (of_columns, of_rows) if backward else (of_rows, of_columns)
+    whole, part = (of_late(sums.at[n], x.shape) - of_early(sums.at[n], x.shape) for n in (0, 1))
+    return x * jnp.exp(jnp.where(late >= early, whole + part, -jnp.inf))

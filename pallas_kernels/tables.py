@@ -1,0 +1,35 @@
+"""Tables in README.md, between the marks <!-- name --> and <!-- /name -->."""
+
+import datetime
+import pathlib
+from importlib import metadata
+
+HERE = pathlib.Path(__file__).parent
+
+
+def made(*packages: str) -> dict:
+    """When figures are made, and with which versions of what they depend on."""
+    versions = {name: metadata.version(name) for name in packages}
+    return {"date": datetime.date.today().isoformat(), "versions": versions}
+
+
+def when(found: dict) -> str:
+    """What `made` says, in words."""
+    versions = (f"{name} {version}" for name, version in found["versions"].items())
+    return f"on {found['date']} with {', '.join(versions)}"
+
+
+def markdown(head, rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def write(tables: dict[str, str]) -> None:
+    """Writes texts by mark."""
+    readme = HERE / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for mark, table in tables.items():
+        before, _, rest = text.partition(f"<!-- {mark} -->\n")
+        _, _, after = rest.partition(f"<!-- /{mark} -->")
+        text = f"{before}<!-- {mark} -->\n{table}<!-- /{mark} -->{after}"
+    readme.write_text(text, encoding="utf-8")

@@ -1,0 +1,95 @@
+"""The benchmark of the kernels, as far as it goes without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bench, common, interpreted, ops
+
+needs_interpreter = pytest.mark.skipif(
+    jax.__version_info__ < common.GPU_JAX, reason="the GPU interpreter needs jax 0.11.2"
+)
+
+
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.bench"],
+        cwd=Path(bench.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "bench times kernels on a GPU; the platform here is cpu"
+
+
+def test_the_table():
+    case = {"op": "chunk_linear", "decay": "head", "shape": (2, 64, 4, 128)}
+    rows = [
+        {**case, "direction": "forward", "ours": 0.5e-3, "fla": 1e-3, "plain": 0.02},
+        {**case, "direction": "both", "ours": 1e-3, "plain": 0.04},
+    ]
+    assert bench.table(rows).splitlines()[2:] == [
+        "| chunk_linear | head | 2, 64, 4, 128 | forward | 0.500 | 1.000 | 20.000 | 2.00 |",
+        "| chunk_linear | head | 2, 64, 4, 128 | both | 1.000 |  | 40.000 |  |",
+    ]
+
+
+def test_a_measurement_is_of_many_calls(monkeypatch):
+    """A clock that only the calls move: two seconds the first call, 1/128 each other."""
+    times = {"now": 0.0, "calls": 0}
+
+    def call():
+        times["now"] += 1 / 128 if times["calls"] else 2
+        times["calls"] += 1
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: times["now"])
+    assert bench.timed(call, lambda found: None, 5) == 1 / 128
+    assert times["calls"] == 2 + 1 + 5 * 3
+
+
+@pytest.mark.slow
+@needs_interpreter
+@pytest.mark.parametrize("case", ops.OPS, ids="-".join)
+@pytest.mark.parametrize("form", ["ours", "plain"])
+def test_what_is_right_is_timed(case, form):
+    with interpreted("gpu", gpu_interpreter()):
+        assert not bench.wrong(*case, bench.forms(*case)[form], (1, 64, 1, 64))
+
+
+def test_what_is_wrong_is_not_timed():
+    case = ("chunk_linear", "head")
+
+    def shifted(q, k, v, g):
+        return ops.OPS[case][1](q, k, jnp.roll(v, 1, axis=1), g, chunk=64)
+
+    error = bench.wrong(*case, bench.in_jax(shifted), (1, 64, 1, 64))
+    assert error.startswith("o is ") and error.endswith("off, at most 0.01")
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_the_whole_command(monkeypatch, capsys):
+    small = (1, 64, 1, 64)
+    for name, value in {"SHAPES": (small,), "TRIED": small, "LEAST": 0}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(sys, "argv", ["bench", "--ops", "chunk_linear", "--repeats", "2"])
+    with interpreted("gpu", gpu_interpreter()):
+        bench.main()
+    head, _, *lines = capsys.readouterr().out.strip().splitlines()
+    assert head.startswith("cpu, on ") and head.endswith("medians of 2.")
+    assert [line.split(" | ")[:4] for line in lines[2:]] == [
+        ["| chunk_linear", decay, "1, 64, 1, 64", direction]
+        for decay in ("none", "head")
+        for direction in bench.DIRECTIONS
+    ]
+
+
+def gpu_interpreter():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams()

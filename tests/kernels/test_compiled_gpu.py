@@ -1,0 +1,54 @@
+"""Kernels compiled for GPUs that this machine does not have: they take no more than
+compiled_gpu.json says, which `python -m pallas_kernels.cost_gpu` writes."""
+
+import json
+
+import pytest
+
+from pallas_kernels import cost_gpu, deviceless_gpu, ops, tables
+from pallas_kernels.common import WIDTHS
+
+RECORDED = json.loads(cost_gpu.COMPILED.read_text(encoding="utf-8"))
+ROWS = RECORDED["kernels"]
+
+
+def named(row):
+    return "-".join(str(row[name]) for name in (*cost_gpu.CASE, "target"))
+
+
+def test_every_case_is_recorded():
+    wanted = {
+        (*case, width, target)
+        for case in ops.OPS
+        for width in WIDTHS
+        for target in deviceless_gpu.BANDWIDTH
+    }
+    assert {tuple(row[name] for name in (*cost_gpu.CASE, "target")) for row in ROWS} == wanted
+
+
+needs_plugin = pytest.mark.skipif(
+    not deviceless_gpu.PLUGIN.is_dir(), reason="needs the CUDA plugin: make test-kernels"
+)
+
+
+@pytest.mark.slow
+@needs_plugin
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_a_kernel_takes_no_more_than_recorded(row):
+    case = {name: row[name] for name in cost_gpu.CASE}
+    (found,) = deviceless_gpu.compiled(row["target"], [case])
+    assert found["kernels"].keys() == row["kernels"].keys()
+    versions = tables.made(*cost_gpu.PACKAGES)["versions"]
+    if versions != RECORDED["versions"]:
+        pytest.skip(f"recorded with {RECORDED['versions']}, compiled with {versions}: it compiles")
+    for name, kernel in found["kernels"].items():
+        for figure, value in kernel.items():
+            assert value <= row["kernels"][name][figure], f"{name}: {figure}"
+
+
+@pytest.mark.slow
+@needs_plugin
+def test_what_does_not_compile_is_told():
+    case = {"op": "chunk_linear", "decay": "head", "width": 32}
+    with pytest.raises(RuntimeError, match="(?s)cannot compile for h100:.*K = 32"):
+        deviceless_gpu.compiled("h100", [case])

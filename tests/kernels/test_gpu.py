@@ -1,0 +1,236 @@
+"""Kernels for Hopper: against their references by the GPU interpreter, which looks for races, and
+as lowered, both on a machine without a GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import kernel_checks
+import numpy as np
+import pytest
+from test_ops import CELLS
+
+import memjax
+from memjax import cost
+from pallas_kernels import chunk_delta, chunk_linear, common, interpreted, ops
+from pallas_kernels.chunk_delta import reference as delta
+from pallas_kernels.chunk_delta import specs as delta_specs
+from pallas_kernels.chunk_linear import reference as linear
+from pallas_kernels.chunk_linear import specs as linear_specs
+from pallas_kernels.specs import Spec
+
+if jax.__version_info__ < common.GPU_JAX:
+    pytest.skip("the GPU interpreter needs jax 0.11.2", allow_module_level=True)
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic
+
+OPS = {
+    "chunk_linear": (chunk_linear, linear, linear_specs.GPU_SPECS),
+    "chunk_delta": (chunk_delta, delta, delta_specs.GPU_SPECS),
+}
+RACE = plgpu.InterpretGPUParams(detect_races=True)
+
+
+class Case(NamedTuple):
+    op: str
+    spec: Spec
+
+    def __str__(self):
+        return f"{self.op}-{self.spec}"
+
+
+CASES = [Case(op, spec) for op, (_, _, specs) in OPS.items() for spec in specs]
+NAMED = {str(case): case for case in CASES}
+
+
+def check(case):
+    op, reference, _ = OPS[case.op]
+    size = max(n for n in (1, 8, 32) if case.spec.T % n == 0)
+
+    def plain(*given, g=None, **more):
+        g = None if g is None else jnp.maximum(g, -60)  # it cannot take an infinite decay
+        return reference.chunked(*given, g=g, chunk=size, **more)
+
+    with interpreted("gpu", RACE):
+        kernel_checks.check(op, reference.sequential, plain, case.spec)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if "fast" in case.spec.tags else pytest.mark.slow, id=str(case))
+        for case in CASES
+    ],
+)
+def test_values_and_gradients(case):
+    check(case)
+
+
+SMALL = {
+    "chunk_linear": Spec(name="small", T=100, dtype="bfloat16", resets=(40,)),
+    "chunk_delta": Spec(name="small", T=200, dtype="bfloat16", resets=(40,), beta=(0.0, 2.0)),
+}
+
+
+def sees_later(original):
+    return lambda x, sums, *backward: x
+
+
+def keeps_all(original):
+    return lambda x, sums: x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, mistake", [("lower", sees_later), ("through", keeps_all)])
+@pytest.mark.parametrize("op", OPS)
+def test_the_check_finds_a_planted_mistake(op, name, mistake, monkeypatch):
+    monkeypatch.setattr(mosaic, name, mistake(getattr(mosaic, name)))
+    with pytest.raises(AssertionError, match="off, at most"):
+        check(Case(op, SMALL[op]))
+
+
+RACES = """
+import test_gpu
+from jax.experimental.pallas import mosaic_gpu
+mosaic_gpu.{name} = lambda *_, **__: None
+test_gpu.check(test_gpu.Case("{op}", test_gpu.SMALL["{op}"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("barrier_wait", "RACE DETECTED"),
+        ("commit_smem", "RACE DETECTED"),
+        ("wait_smem_to_gmem", "copy_smem_to_gmem read-side operations completed before"),
+    ],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_a_missing_wait_is_found(op, name, message):
+    """In a process of its own: the interpreter cannot be used again after an error."""
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    code = RACES.format(op=op, name=name)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True
+    )
+    assert done.returncode and message in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def given(op, heads=2, width=64, dtype=jnp.bfloat16, decay="head"):
+    return ops.arguments(op, decay, (1, 100, heads, width), dtype)
+
+
+def shape_of(op, arrays, **options):
+    return jax.eval_shape(lambda arrays: OPS[op][0](**arrays, platform="gpu", **options), arrays)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "changes, options, message",
+    [
+        (dict(dtype=jnp.float32), {}, "takes bfloat16 on GPUs, .* TF32; given float32"),
+        (dict(width=32), {}, "K = 32"),
+        ({}, dict(chunk=32), "chunks of 64 on GPUs; given 32"),
+        ({}, dict(g=jnp.zeros((1, 100, 2, 64))), "each channel"),
+    ],
+)
+def test_a_refusal_has_its_reason(op, changes, options, message):
+    arrays = given(op, **changes) | {name: a for name, a in options.items() if name == "g"}
+    options = {name: value for name, value in options.items() if name != "g"}
+    with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match=f"{op} .*{message}"):
+        shape_of(op, arrays, **options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_other_gpus_are_refused(op, monkeypatch):
+    with (
+        common.compiling_for("8.0"),
+        pytest.raises(NotImplementedError, match="9.0 .*has 8.0; use"),
+    ):
+        shape_of(op, given(op))
+    monkeypatch.setattr(common, "gpu_capability", lambda: None)
+    with pytest.raises(NotImplementedError, match="there is no GPU"):
+        shape_of(op, given(op))
+
+
+# ---------------------------------------------------------------- what runs
+
+
+def loss(op, arrays):
+    o, state = OPS[op][0](**arrays, platform="cuda")
+    return o.astype(jnp.float32).sum() + (state**2).sum()
+
+
+def kernels(op, fn):
+    """How often each kernel is in the lowered program."""
+    with common.compiling_for("9.0"):
+        program = jax.jit(fn).trace(given(op)).lower(lowering_platforms=("cuda",))
+    names = re.findall(rf"\\00{op}_(\w+)_mosaic_gpu\\00", program.as_text())
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+# The kernels of an op's passes.
+FORWARD = {"chunk_linear": ("states", "outputs"), "chunk_delta": ("inverses", "walk")}
+BACKWARD = {
+    "chunk_linear": ("states", "values", "keys"),
+    "chunk_delta": ("walk", "pairs", "keys"),
+}
+
+
+def both(op, forward=1, backward=1):
+    return {f"forward_{name}": forward for name in FORWARD[op]} | {
+        f"backward_{name}": backward for name in BACKWARD[op]
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_how_often_the_kernels_run(op):
+    def twice(arrays):
+        return loss(op, arrays | {"q": OPS[op][0](**arrays, platform="gpu")[0]})
+
+    once = partial(loss, op)
+    assert kernels(op, once) == {f"forward_{name}": 1 for name in FORWARD[op]}
+    assert kernels(op, jax.value_and_grad(once)) == both(op)
+    found, wanted = kernels(op, jax.value_and_grad(jax.checkpoint(twice))), both(op, 4, 2)
+    if op == "chunk_linear":  # nobody reads the outputs of the second forward pass of the last
+        wanted["forward_outputs"] = 3
+    assert found == wanted
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older ones leave a dead call, jax 0.12")
+def test_a_policy_saves_the_second_forward_kernel(op):
+    policy = jax.checkpoint_policies.save_only_these_names("memory_state", "memory_out")
+    run = jax.value_and_grad(jax.checkpoint(partial(loss, op), policy=policy))
+    assert kernels(op, run) == both(op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_operations_of_a_kernel_are_not_counted(op):
+    with common.compiling_for("9.0"), pytest.raises(ValueError, match="that is not counted"):
+        cost.flops(lambda arrays: OPS[op][0](**arrays, platform="gpu"), given(op))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_run_them(name):
+    cell = CELLS[name]
+    xs, given = kernel_checks.cell_inputs(cell, jnp.bfloat16)
+    wanted = memjax.run(cell, {}, xs, **given, implementation="scan")
+    with interpreted("gpu", RACE):
+        found = memjax.run(cell, {}, xs, **given, implementation="pallas")
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-2
