@@ -47,7 +47,7 @@ def chunk_linear(
         width=q.shape[-1],
         size=v.shape[-1],
         like=v,
-        states=14 + 2 * v.dtype.itemsize,
+        states=16 + 2 * v.dtype.itemsize,
         pairs=10,
         logs=0 if g is None or g.ndim == 3 else 26,
     )
