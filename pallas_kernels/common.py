@@ -124,11 +124,25 @@ class Call(NamedTuple):
 
 
 def call(
-    name: str, q, k, v, g, initial_state, reset, scale, chunk, platform, *, size_of, beta=None
+    name: str,
+    q,
+    k,
+    v,
+    g,
+    initial_state,
+    reset,
+    scale,
+    chunk,
+    platform,
+    *,
+    size_of,
+    beta=None,
+    by_channel=(),
 ) -> Call:
     """What an op hands to its kernel; NotImplementedError when that does not serve.
 
-    Heads that share q and k read them where they lie on GPUs; for TPUs they are repeated.
+    by_channel: platforms that have kernels for a decay of each channel. Heads that share q and k
+    read them where they lie on GPUs; for TPUs they are repeated.
     """
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform = target(platform)
@@ -136,7 +150,7 @@ def call(
         raise NotImplementedError(
             f"{name} has kernels for tpu and gpu, none for {platform}; use a plain form"
         )
-    check_served(name, q, k, v, g)
+    check_served(name, q, k, v, g, platform in by_channel)
     if platform == "tpu":
         block = plan(name, q, v, chunk, size_of)
     else:
@@ -194,10 +208,10 @@ def vmem(tokens: int, heads: int, width: int, size: int, like, *, states: int, p
     return of_tokens + heads * (states * width * size + pairs * tokens**2 * 4)
 
 
-def check_served(name: str, q, k, v, g) -> None:
+def check_served(name: str, q, k, v, g, by_channel: bool) -> None:
     """NotImplementedError for what no kernel of any platform serves."""
     width, size = q.shape[-1], v.shape[-1]
-    if g is not None and g.ndim == 4:
+    if g is not None and g.ndim == 4 and not by_channel:
         raise NotImplementedError(f"{name} has no kernel for a decay of each channel yet")
     if not q.dtype == k.dtype == v.dtype or v.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(
@@ -303,9 +317,28 @@ def log_decay_sums(g, reset, static: Static):
     return sums[0].reshape(*shape, chunk, 2 * heads), sums[1].reshape(*shape, 2 * heads, chunk)
 
 
+CHANNEL_LOWEST = -100.0  # that of decays by channel, whose sums have one part
+
+
+def channel_log_decay_sums(g, reset, static: Static):
+    """Sums of log decays by channel since the start of each token's chunk, [B, T, H, K]. A reset is
+    a decay of e^-100, which is zero in float32 beside anything."""
+    batch, length, *axes = g.shape
+    g = jnp.maximum(g, CHANNEL_LOWEST)
+    g = g if reset is None else jnp.where(reset[..., None, None], CHANNEL_LOWEST, g)
+    chunks = g.reshape(batch, -1, static.chunk, *axes)
+    last = jnp.tril(jnp.ones((static.chunk, static.chunk), jnp.float32))
+    sums = jnp.einsum("ts,bnshk->bnthk", last, chunks, precision=lax.Precision.HIGHEST)
+    return sums.reshape(g.shape)
+
+
 def clipped(dg, g):
     """The gradient of g from its columns, none where it is below LOWEST."""
-    return None if g is None else jnp.where(g < LOWEST, 0, by_token(dg))
+    if g is None:
+        return None
+    if g.ndim == 4:
+        return jnp.where(g < CHANNEL_LOWEST, 0, dg)
+    return jnp.where(g < LOWEST, 0, by_token(dg))
 
 
 def by_chunk(x, static: Static):

@@ -20,11 +20,17 @@ OPS = {
 }
 
 
+# Those that have kernels for GPUs.
+ON_GPU = OPS | {("chunk_linear", "channel"): (chunk_linear, linear.chunked)}
+
+
 def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of an op's arrays."""
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
     given |= {"beta": rate} if op == "chunk_delta" else {}
+    if decay == "channel":
+        rate = jax.ShapeDtypeStruct(shape, jnp.float32)
     return given | ({} if decay == "none" else {"g": rate})
 
 

@@ -56,8 +56,9 @@ class Spec:
         k = self.norm * k
         v = rng.standard_normal((self.B, self.T, self.H, self.V))
         g = reset = state = None
-        if self.decay == "head":
-            g = -np.logaddexp(0, rng.standard_normal((self.B, self.T, self.H)) - 2)
+        if self.decay != "none":
+            axes = (self.K,) if self.decay == "channel" else ()
+            g = -np.logaddexp(0, rng.standard_normal((self.B, self.T, self.H, *axes)) - 2)
             g = self.gate * g * np.where(rng.random(g.shape) < 0.05, self.strong, 1)
             g = g.astype(np.float32)
         if self.resets:

@@ -120,7 +120,7 @@ class MatrixMemory(MemoryCell):
 
     def pallas(self, params, state, xs, reset, write):
         """The kernels of `pallas_kernels`, for linear attention, delta rules and their forms with
-        a decay."""
+        decays."""
         from pallas_kernels import chunk_delta, chunk_linear
 
         q, k, v, g, beta, *others = self.terms(xs)
@@ -138,7 +138,9 @@ class MatrixMemory(MemoryCell):
         q, k = (repeated(leaf, count) for leaf in (q, k))
         if write is not None:  # a token without a key and a decay changes nothing
             k = jnp.where(repeated(write, count)[..., None], k, 0)
-            g = None if g is None else jnp.where(repeated(write), g, 0)
+            written = repeated(write)
+            if g is not None:
+                g = jnp.where(written if g.ndim == 3 else written[..., None], g, 0)
         given = dict(g=g, initial_state=state, reset=reset, scale=self.factor)
         if beta is None:
             return chunk_linear(q, k, v, **given)

@@ -17,12 +17,12 @@ def chunk_linear(
 
     Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236); with a decay for each head
     RetNet (Sun et al. 2023, arXiv 2307.08621) and the core of Mamba-2 (Dao & Gu 2024,
-    arXiv 2405.21060).
+    arXiv 2405.21060); with one for each channel GLA (Yang et al. 2023, arXiv 2312.06635).
 
     Args:
       q, k: [B, T, h, K], h dividing H; head i of H takes head i h // H. K 64, 128 or 256.
       v: [B, T, H, V], V 64, 128 or 256. All three float32 or all bfloat16.
-      g: [B, T, H], log decay <= 0, taken as float32; None for no decay.
+      g: [B, T, H] or, on GPUs, [B, T, H, K], log decay <= 0, taken as float32; None for no decay.
       initial_state: [B, H, K, V], finite; None for zero.
       reset: bool [B, T], True where the state is emptied before the token is written.
       scale: a Python number; None for K ** -0.5.
@@ -43,9 +43,8 @@ def chunk_linear(
     sizes = dict(width=q.shape[-1], size=v.shape[-1], like=v)
     states = 14 + 2 * v.dtype.itemsize
     size_of = functools.partial(common.vmem, **sizes, states=states, pairs=10)
-    call = common.call(
-        NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of
-    )
+    given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
+    call = common.call(NAME, *given, size_of=size_of, by_channel=("gpu",))
     o, state = _op(call.static, *call.arrays)
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")
 
@@ -55,22 +54,29 @@ def _op(static, q, k, v, g, reset, initial):
     return _forward(static, q, k, v, g, reset, initial, keep=False)[:2]
 
 
+def _kernels(static, g, reset):
+    """The forward and the backward function, and the sums of log decays that they take."""
+    if g is not None and g.ndim == 4:
+        kernels = common.kernels(NAME, f"{static.platform}_channel")
+        return kernels, (common.channel_log_decay_sums(g, reset, static),)
+    return common.kernels(NAME, static.platform), common.log_decay_sums(g, reset, static)
+
+
 def _forward(static, q, k, v, g, reset, initial, keep):
-    sums = common.log_decay_sums(g, reset, static)
-    forward, _ = common.kernels(NAME, static.platform)
+    (forward, _), sums = _kernels(static, g, reset)
     return forward(q, k, v, sums, initial, keep=keep, **static.options())
 
 
 def _op_forward(static, q, k, v, g, reset, initial):
-    o, final, bounds = _forward(static, q, k, v, g, reset, initial, keep=True)
-    return (o, final), (q, k, v, g, reset, checkpoint_name(bounds, "memory_state"))
+    o, final, *kept = _forward(static, q, k, v, g, reset, initial, keep=True)
+    kept = [checkpoint_name(a, "memory_state") for a in kept]
+    return (o, final), (q, k, v, g, reset, kept)
 
 
 def _op_backward(static, saved, cotangents):
-    q, k, v, g, reset, bounds = saved
-    _, backward = common.kernels(NAME, static.platform)
-    sums = common.log_decay_sums(g, reset, static)
-    dq, dk, dv, dg, dinitial = backward(q, k, v, sums, bounds, *cotangents, **static.options())
+    q, k, v, g, reset, kept = saved
+    (_, backward), sums = _kernels(static, g, reset)
+    dq, dk, dv, dg, dinitial = backward(q, k, v, sums, *kept, *cotangents, **static.options())
     return dq, dk, dv, common.clipped(dg, g), None, dinitial
 
 

@@ -57,17 +57,20 @@ def cell_inputs(cell, dtype=np.float32) -> tuple[Any, dict[str, Any]]:
     rng = np.random.default_rng(0)
     batch, length, heads = 2, 37, 2
 
-    def normal(*shape):
-        return rng.standard_normal((batch, length, *shape))
-
     made = {
-        "query": lambda: normal(1, 64),
-        "key": lambda: normal(1, 64) / 8,
-        "value": lambda: normal(heads, 64),
-        "log_decay": lambda: -np.abs(normal(heads)),
-        "rate": lambda: np.abs(normal(1)) % 1,
+        "query": (1, lambda x: x),
+        "key": (1, lambda x: x / 8),
+        "value": (heads, lambda x: x),
+        "log_decay": (heads, lambda x: -np.abs(x)),
+        "rate": (1, lambda x: np.abs(x) % 1),
     }
-    xs = cell.inputs(*(made[f.kind]().astype(dtype) for f in fields(cell.inputs).values()))
+
+    def leaf(field):
+        count, make = made[field.kind]
+        axes = (64,) if field.shape else ()
+        return make(rng.standard_normal((batch, length, count, *axes))).astype(dtype)
+
+    xs = cell.inputs(*map(leaf, fields(cell.inputs).values()))
     return xs, dict(
         reset=jnp.asarray(rng.random((batch, length)) < 0.1),
         write=jnp.asarray(rng.random((batch, length)) < 0.8),
