@@ -26,7 +26,7 @@ import numpy as np
 from pallas_kernels import tables
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_linear import reference as linear
-from pallas_kernels.ops import OPS, arguments, function
+from pallas_kernels.ops import ON_GPU, arguments, function
 from pallas_kernels.specs import held
 
 SHAPES = (  # B, T, H, D
@@ -38,7 +38,7 @@ SHAPES = (  # B, T, H, D
     (8, 1024, 8, 64),
 )
 TRIED = (1, 256, 2, 128)  # what is compared before timing
-CHUNK = 64  # of the plain forms
+CHUNKS = {"none": 64, "head": 64, "channel": 16}  # of the plain forms, for what fits
 DIRECTIONS = ("forward", "both")
 FORMS = ("ours", "fla", "plain")
 ALLOWED = 0.01  # relative RMS; the tests of the kernels have the exact bounds
@@ -47,6 +47,7 @@ LOOPS = {"chunk_linear": linear.sequential, "chunk_delta": delta.sequential}
 PEERS = {
     ("chunk_linear", "none"): ("fla.ops.simple_gla", "chunk_simple_gla"),
     ("chunk_linear", "head"): ("fla.ops.simple_gla", "chunk_simple_gla"),
+    ("chunk_linear", "channel"): ("fla.ops.gla", "chunk_gla"),
     ("chunk_delta", "none"): ("fla.ops.delta_rule", "chunk_delta_rule"),
     ("chunk_delta", "head"): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
 }
@@ -54,7 +55,7 @@ PEERS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = sorted({op for op, _ in OPS})
+    names = sorted({op for op, _ in ON_GPU})
     parser.add_argument("--ops", nargs="+", choices=names, default=names)
     parser.add_argument("--repeats", type=int, default=20, help="measurements of each median")
     given = parser.parse_args()
@@ -62,7 +63,7 @@ def main():
     if jax.default_backend() != "gpu":
         sys.exit(f"bench times kernels on a GPU; the platform here is {jax.default_backend()}")
     rows = []
-    for op, decay in [case for case in OPS if case[0] in given.ops]:
+    for op, decay in [case for case in ON_GPU if case[0] in given.ops]:
         known = forms(op, decay)
         for name, form in known.items():
             if error := wrong(op, decay, form, TRIED):
@@ -149,8 +150,8 @@ def drawn(op: str, decay: str, shape) -> tuple[dict[str, np.ndarray], np.ndarray
 def forms(op: str, decay: str) -> dict[str, Callable]:
     """By name, (inputs, cotangent of o, direction) -> what `timed` takes: what starts a call, and
     what waits for its results. fla's are there where they can run."""
-    ours, plain = OPS[op, decay]
-    found = {"ours": in_jax(ours), "plain": in_jax(plain, chunk=CHUNK)}
+    ours, plain = ON_GPU[op, decay]
+    found = {"ours": in_jax(ours), "plain": in_jax(plain, chunk=CHUNKS[decay])}
     module, name = PEERS[op, decay]
     try:
         torch = importlib.import_module("torch")

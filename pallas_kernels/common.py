@@ -135,11 +135,25 @@ class Call(NamedTuple):
 
 
 def call(
-    name: str, q, k, v, g, initial_state, reset, scale, chunk, platform, *, size_of, beta=None
+    name: str,
+    q,
+    k,
+    v,
+    g,
+    initial_state,
+    reset,
+    scale,
+    chunk,
+    platform,
+    *,
+    size_of,
+    beta=None,
+    by_channel=(),
 ) -> Call:
     """What an op hands to its kernel; NotImplementedError when that does not serve.
 
-    Heads that share q and k read them where they lie on GPUs; for TPUs they are repeated.
+    by_channel: platforms that have kernels for a decay of each channel. Heads that share q and k
+    read them where they lie on GPUs; for TPUs they are repeated.
     """
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform, generation = target(platform)
@@ -148,9 +162,11 @@ def call(
             f"{name} has kernels for tpu and gpu, none for {platform}; use a plain form"
         )
     check_served(name, q, k, v)
+    if g is not None and g.ndim == 4 and platform not in by_channel:
+        raise NotImplementedError(f"{name} has no kernel for a decay of each channel on {platform}")
     limit = None
     if platform == "gpu":
-        block = plan_gpu(name, v, g, chunk, interpret)
+        block = plan_gpu(name, v, chunk, interpret)
     elif has_small_memory(generation):
         block = plan(name, q, v, g, chunk, size_of, SMALL)
     else:
@@ -207,10 +223,8 @@ def check_served(name: str, q, k, v) -> None:
         )
 
 
-def plan_gpu(name: str, v, g, chunk, interpret) -> Block:
+def plan_gpu(name: str, v, chunk, interpret) -> Block:
     """The only block; NotImplementedError when the kernel does not serve."""
-    if g is not None and g.ndim == 4:
-        raise NotImplementedError(f"{name} has no kernel for a decay of each channel on GPUs")
     if v.dtype != jnp.bfloat16:
         raise NotImplementedError(
             f"{name} takes bfloat16 on GPUs, whose tensor cores round float32 to TF32; given "
@@ -329,11 +343,28 @@ def log_decay_sums(g, reset, static: Static):
     return sums[0].reshape(*shape, chunk, 2 * heads), sums[1].reshape(*shape, 2 * heads, chunk)
 
 
+CHANNEL_LOWEST = -100.0  # that of decays by channel, whose sums have one part
+
+
+def channel_log_decay_sums(g, reset, static: Static):
+    """Sums of log decays by channel since the start of each token's chunk, [B, T, H, K]. A reset is
+    a decay of e^-100, which is zero in float32 beside anything."""
+    batch, length, *axes = g.shape
+    g = jnp.maximum(g, CHANNEL_LOWEST)
+    g = g if reset is None else jnp.where(reset[..., None, None], CHANNEL_LOWEST, g)
+    chunks = g.reshape(batch, -1, static.chunk, *axes)
+    last = jnp.tril(jnp.ones((static.chunk, static.chunk), jnp.float32))
+    sums = jnp.einsum("ts,bnshk->bnthk", last, chunks, precision=lax.Precision.HIGHEST)
+    return sums.reshape(g.shape)
+
+
 def clipped(dg, g):
-    """The gradient of g from what kernels write: columns of heads, which have one where g is below
-    LOWEST too, or dg itself."""
-    if g is None or g.ndim == 4:
-        return dg
+    """The gradient of g from what kernels write: columns of heads, or dg itself; none where g is
+    taken for a decay to nothing."""
+    if g is None:
+        return None
+    if g.ndim == 4:
+        return jnp.where(g < CHANNEL_LOWEST, 0, dg)
     return jnp.where(g < LOWEST, 0, by_token(dg))
 
 

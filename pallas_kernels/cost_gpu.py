@@ -9,7 +9,7 @@ import json
 
 from pallas_kernels import deviceless_gpu, tables
 from pallas_kernels.common import WIDTHS
-from pallas_kernels.ops import OPS
+from pallas_kernels.ops import ON_GPU
 
 COMPILED = tables.HERE / "compiled_gpu.json"
 PACKAGES = ("jax",)  # the plugin has its version
@@ -20,7 +20,7 @@ REGISTERS, SHARED, OWN = 65536, 233472, 1024
 
 
 def main():
-    cases = [{"op": op, "decay": decay, "width": width} for op, decay in OPS for width in WIDTHS]
+    cases = [{"op": op, "decay": decay, "width": width} for op, decay in ON_GPU for width in WIDTHS]
     found = {
         **tables.made(*PACKAGES),
         "kernels": [

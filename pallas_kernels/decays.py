@@ -30,10 +30,13 @@ from pallas_kernels.common import LOWEST, dot, dot_in_parts, places, turned
 
 
 def arrays(g, reset, static) -> tuple:
-    """What a kernel reads: () without decay; the sums' columns and rows for each head; g [B, T, H,
-    K] and, with reset, the tokens where a document begins as columns [B, N, C, 1]."""
+    """What a kernel reads: () without decay; the sums' columns and rows for each head; for each
+    channel the sums on GPUs, on TPUs g [B, T, H, K] and, with reset, the tokens where a document
+    begins as columns [B, N, C, 1]."""
     if g is None or g.ndim == 3:
         return common.log_decay_sums(g, reset, static)
+    if static.platform == "gpu":
+        return (common.channel_log_decay_sums(g, reset, static),)
     if reset is None:
         return (g,)
     batch, length = reset.shape

@@ -102,7 +102,7 @@ def main():
     figures of the forward pass alone and of both passes."""
     import jax.numpy as jnp
 
-    from pallas_kernels.ops import OPS, arguments, function
+    from pallas_kernels.ops import ON_GPU, arguments, function
 
     folder, target = os.environ["MOSAIC_GPU_DUMP_TO"], sys.argv[1]
     for case in json.load(sys.stdin):
@@ -110,7 +110,7 @@ def main():
             os.remove(path)
         op, decay = case["op"], case["decay"]
         arrays = arguments(op, decay, (1, 1024, 8, case["width"]), jnp.bfloat16)
-        run = OPS[op, decay][0]
+        run = ON_GPU[op, decay][0]
         compile_for(target, function(run, "forward", platform="gpu"), arrays)
         compile_for(target, function(run, "both", platform="gpu"), arrays, arrays["v"])
         kernels = {

@@ -89,10 +89,14 @@ def span(n):
     return pl.ds(n * SIDE, SIDE)
 
 
+def vector(ref):
+    """A vector in shared memory in registers, a number for each row."""
+    return plgpu.load(ref, *_INDEX, layout=WGMMA.reduce(1))
+
+
 def of_rows(ref, shape):
     """A vector in shared memory as a number for each row of shape."""
-    vector = plgpu.load(ref, *_INDEX, layout=WGMMA.reduce(1))
-    return lax.broadcast_in_dim(vector, shape, [0])
+    return lax.broadcast_in_dim(vector(ref), shape, [0])
 
 
 def of_columns(ref, shape):

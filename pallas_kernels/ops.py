@@ -34,6 +34,14 @@ OPS = {
 }
 
 
+# Those that have kernels of ours for GPUs.
+ON_GPU = {
+    case: runs
+    for case, runs in OPS.items()
+    if case not in (("chunk_delta", "channel"), ("window_attention", "none"))
+}
+
+
 def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of an op's arrays."""
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)

@@ -55,9 +55,8 @@ def chunk_delta(
         pairs=22 if v.dtype == jnp.float32 else 12,
         logs=0 if g is None or g.ndim == 3 else 34,
     )
-    call = common.call(
-        NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of, beta=beta
-    )
+    given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
+    call = common.call(NAME, *given, size_of=size_of, beta=beta, by_channel=("tpu",))
     beta = common.padded(beta.astype(jnp.float32), call.static.chunk)
     o, state = _op(call.static, *call.arrays[:3], beta, *call.arrays[3:])
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")

@@ -159,8 +159,9 @@ def inverses(k, beta, sums, *, interpret):
 
 
 def walk_scratch(width: int, gated: bool) -> dict:
-    """What a walk over chunks has in shared memory: keys of two chunks, all else of one; `work` of
-    4 tiles, which hold the state's parts too where it is in registers."""
+    """What a walk over chunks has in shared memory: keys of two chunks, all else of one. A state in
+    registers has its parts in `work` until the chunk has read it; up to K 128 two blocks fit on a
+    multiprocessor so."""
     steps, aside = width // SIDE, width > IN_REGISTERS
     return {
         "q_tiles": tile(steps),
@@ -202,7 +203,7 @@ class Walk:
         return lax.axis_index("batch"), self.chunks - 1 - n if self.backward else n
 
     def head(self, part=0):
-        """Of the first or the second part of arrays whose heads are those of both, in turn."""
+        """The head of an array whose heads are all of the first part, then all of the second."""
         return part * self.heads + lax.axis_index("head")
 
     def columns(self):
@@ -314,7 +315,7 @@ def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpre
         keys = [x.k_tiles.at[slot, i] for i in range(walk.steps)]
         queries = [x.q_tiles.at[i] for i in range(walk.steps)]
         first, second = in_pairs(x.work, 2)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what is copied from here
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until what is overwritten has left
         copy_in(x.v_ready, (walk.tokens(x.v, n, walk.columns()), x.v_tile.at[0]))
         walk.put_state(state)
         if keep:

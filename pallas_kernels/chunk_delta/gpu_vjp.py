@@ -8,7 +8,8 @@ The letters and equations are those of tpu_vjp.py, in three kernels:
     keys    dQ, dK and their part of dg, 64 columns of K at a time
 
 `walk` runs over the chunks in reverse, a warpgroup for each head and 64 columns of dS, and leaves
-dS behind each chunk and dY. The others have a warpgroup for each chunk (and 64 columns of K).
+dS behind each chunk and dY. The others have a warpgroup for each chunk (and 64 columns of K). dQ
+takes dA in two parts, since between equal keys its terms cancel.
 Bytes a token and head: 4 K V / C each for S and dS, 4 V each for R and dY, which `pairs` reads once
 and `keys` for each 64 columns of K, and those of q, k, do, dq, dk and dv.
 """
@@ -50,7 +51,7 @@ def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
         queries = [x.q_tiles.at[i] for i in range(walk.steps)]
         first, second = in_pairs(x.work, 2)
         do = x.v_tile.at[0]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what is copied from here
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until what is overwritten has left
         copy_in(x.v_ready, (walk.tokens(x.v, n, walk.columns()), do))
         walk.put_state(state)
         walk.keep_state(x.dbounds, n)

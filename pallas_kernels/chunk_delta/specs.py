@@ -6,6 +6,7 @@ from pallas_kernels.specs import HALF, Spec, shared, shared_on_gpu
 
 LONG: dict[str, Any] = {"T": 128, "chunk": 64}
 FULL: dict[str, Any] = {"T": 384, "chunk": 128, "H": 1, "K": 128, "V": 128, "dtype": "bfloat16"}
+CHANNEL: dict[str, Any] = {**FULL, "T": 256, "chunk": 64, "decay": "channel"}
 SPECS = (
     *shared(beta=(0.0, 2.0)),
     Spec(name="equal_keys", **LONG, keys="equal", decay="none", beta=(1.0, 1.0)),
@@ -18,6 +19,9 @@ SPECS = (
     Spec(name="bf16_full_alike_keys", **FULL, keys="cosine", gate=0.1, beta=(1.5, 2.0)),
     Spec(name="bf16_full_equal_keys", **FULL, keys="equal", decay="none", beta=(1.0, 1.0)),
     Spec(name="bf16_full_slow", **FULL, gate=0.01, beta=(0.0, 2.0)),
+    Spec(name="channel_bf16_alike_keys", **CHANNEL, keys="cosine", gate=0.1, beta=(1.5, 2.0)),
+    Spec(name="channel_bf16_equal_keys", **CHANNEL, keys="equal", gate=0.01, beta=(1.0, 1.0)),
+    Spec(name="channel_bf16_full_slow", **CHANNEL, gate=0.01, beta=(0.0, 2.0)),
 )
 GPU: dict[str, Any] = {"T": 192, "H": 8, "dtype": "bfloat16"}
 GPU_SPECS = (

@@ -51,9 +51,8 @@ def chunk_linear(
         pairs=10,
         logs=0 if g is None or g.ndim == 3 else 26,
     )
-    call = common.call(
-        NAME, q, k, v, g, initial_state, reset, scale, chunk, platform, size_of=size_of
-    )
+    given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
+    call = common.call(NAME, *given, size_of=size_of, by_channel=("tpu", "gpu"))
     o, state = _op(call.static, *call.arrays)
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")
 
@@ -63,22 +62,29 @@ def _op(static, q, k, v, g, reset, initial):
     return _forward(static, q, k, v, g, reset, initial, keep=False)[:2]
 
 
+def _kernels(static, g):
+    """The forward and the backward function, others for a decay of each channel on GPUs."""
+    other = static.platform == "gpu" and g is not None and g.ndim == 4
+    return common.kernels(NAME, static.platform + "_channel" * other)
+
+
 def _forward(static, q, k, v, g, reset, initial, keep):
+    forward, _ = _kernels(static, g)
     decaying = decays.arrays(g, reset, static)
-    forward, _ = common.kernels(NAME, static.platform)
     return forward(q, k, v, decaying, initial, keep=keep, **static.options())
 
 
 def _op_forward(static, q, k, v, g, reset, initial):
-    o, final, bounds = _forward(static, q, k, v, g, reset, initial, keep=True)
-    return (o, final), (q, k, v, g, reset, checkpoint_name(bounds, "memory_state"))
+    o, final, *kept = _forward(static, q, k, v, g, reset, initial, keep=True)
+    kept = [checkpoint_name(a, "memory_state") for a in kept]
+    return (o, final), (q, k, v, g, reset, kept)
 
 
 def _op_backward(static, saved, cotangents):
-    q, k, v, g, reset, bounds = saved
+    q, k, v, g, reset, kept = saved
+    _, backward = _kernels(static, g)
     decaying = decays.arrays(g, reset, static)
-    _, backward = common.kernels(NAME, static.platform)
-    dq, dk, dv, dg, dinitial = backward(q, k, v, decaying, bounds, *cotangents, **static.options())
+    dq, dk, dv, dg, dinitial = backward(q, k, v, decaying, *kept, *cotangents, **static.options())
     return dq, dk, dv, common.clipped(dg, g), None, dinitial
 
 

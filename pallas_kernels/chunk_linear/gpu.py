@@ -27,13 +27,14 @@ from pallas_kernels.mosaic import SIDE, copy_in, decayed, dot, load, store, tile
 SLOTS = 3
 
 
-def states(a, b, sums, initial, *, scale, backward, name, interpret):
+def states(a, b, sums, initial, *, ends=None, scale, backward, name, interpret):
     """[the state in front of each chunk [B, N, H, K, V], the state behind the last] of
 
         S <- e^{G_C} S + scale (A e^{G_C - G})^T B,     backward: with e^G instead of e^{G_C - G}
 
     over the chunks in their order, or backward. a: [B, T, h, K]; b: [B, T, H, V]; sums: rows of
-    `common.log_decay_sums`, or None; initial: float32 [B, H, K, V].
+    `common.log_decay_sums`, or None; initial: float32 [B, H, K, V]. ends: [B, H, N, K], the G_C of
+    decays by channel, of which a has the rest.
     """
     batch, length, heads, size = b.shape
     group, width, chunks = heads // a.shape[2], a.shape[3], length // SIDE
@@ -55,6 +56,8 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
             ]
             if gated:
                 copies.append((x.sums.at[row, head, place(n)], x.sums_tiles.at[slot]))
+            if ends is not None:
+                copies.append((x.ends.at[row, head, place(n), of_a], x.ends_tiles.at[slot]))
             copy_in(x.arrived.at[slot], *copies)
 
         for n in range(slots):
@@ -70,6 +73,8 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
             if gated:
                 store(x.weighted, decayed(load(added, jnp.float32), of_chunk, since_start=backward))
                 added = x.weighted
+            if ends is not None:
+                state = state * jnp.exp(mosaic.of_rows(x.ends_tiles.at[slot], state.shape))
             state = mosaic.through(state, of_chunk)
             plgpu.commit_smem()
             there = x.states.at[row, place(n), head, of_a, of_b]
@@ -89,7 +94,7 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
     shape = jax.ShapeDtypeStruct
     return mosaic.run(
         body,
-        {"a": a, "b": b, "sums": sums, "initial": initial},
+        {"a": a, "b": b, "sums": sums, "ends": ends, "initial": initial},
         {
             "states": shape((batch, chunks, heads, width, size), a.dtype),
             "final": shape(initial.shape, jnp.float32),
@@ -99,7 +104,10 @@ def states(a, b, sums, initial, *, scale, backward, name, interpret):
             "kept": tile(2),
             "weighted": tile() if gated else None,
             "sums_tiles": plgpu.SMEM((slots, 2, SIDE), jnp.float32) if gated else None,
-            "arrived": plgpu.Barrier(num_arrivals=2 + gated, num_barriers=slots),
+            "ends_tiles": None if ends is None else plgpu.SMEM((slots, SIDE), jnp.float32),
+            "arrived": plgpu.Barrier(
+                num_arrivals=2 + gated + (ends is not None), num_barriers=slots
+            ),
         },
         name=name,
         grid={"tile": width // SIDE * across, "head": heads, "batch": batch},

@@ -57,18 +57,20 @@ def cell_inputs(cell, dtype=np.float32) -> tuple[Any, dict[str, Any]]:
     rng = np.random.default_rng(0)
     batch, length, heads = 2, 37, 2
 
-    def normal(*shape):
-        return rng.standard_normal((batch, length, *shape))
-
     made = {
-        "query": lambda axes: normal(1, *axes),
-        "key": lambda axes: normal(1, *axes) / 8,
-        "value": lambda axes: normal(heads, *axes),
-        "log_decay": lambda axes: -np.abs(normal(heads, *axes)),
-        "rate": lambda axes: np.abs(normal(1, *axes)) % 1,
+        "query": (1, lambda x: x),
+        "key": (1, lambda x: x / 8),
+        "value": (heads, lambda x: x),
+        "log_decay": (heads, lambda x: -np.abs(x)),
+        "rate": (1, lambda x: np.abs(x) % 1),
     }
-    kinds = ((field.kind, (64,) * len(field.shape)) for field in fields(cell.inputs).values())
-    xs = cell.inputs(*(made[kind](axes).astype(dtype) for kind, axes in kinds))
+
+    def leaf(field):
+        count, make = made[field.kind]
+        axes = (64,) if field.shape else ()
+        return make(rng.standard_normal((batch, length, count, *axes))).astype(dtype)
+
+    xs = cell.inputs(*map(leaf, fields(cell.inputs).values()))
     return xs, dict(
         reset=jnp.asarray(rng.random((batch, length)) < 0.1),
         write=jnp.asarray(rng.random((batch, length)) < 0.8),

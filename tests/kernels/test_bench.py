@@ -53,7 +53,7 @@ def test_a_measurement_is_of_many_calls(monkeypatch):
 
 @pytest.mark.slow
 @needs_interpreter
-@pytest.mark.parametrize("case", ops.OPS, ids="-".join)
+@pytest.mark.parametrize("case", ops.ON_GPU, ids="-".join)
 @pytest.mark.parametrize("form", ["ours", "plain"])
 def test_what_is_right_is_timed(case, form):
     with interpreted("gpu", gpu_interpreter()):
@@ -84,7 +84,7 @@ def test_the_whole_command(monkeypatch, capsys):
     assert head.startswith("cpu, on ") and head.endswith("medians of 2.")
     assert [line.split(" | ")[:4] for line in lines[2:]] == [
         ["| chunk_linear", decay, "1, 64, 1, 64", direction]
-        for decay in ("none", "head")
+        for decay in ("none", "head", "channel")
         for direction in bench.DIRECTIONS
     ]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import kernel_checks
 import numpy as np
 import pytest
-from test_ops import CELLS
+from test_ops import CELLS as ON_TPU
 
 import memjax
 from memjax import cost
@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 
+CELLS = {name: cell for name, cell in ON_TPU.items() if name != "kda"}
 OPS = {
     "chunk_linear": (chunk_linear, linear, linear_specs.GPU_SPECS),
     "chunk_delta": (chunk_delta, delta, delta_specs.GPU_SPECS),
@@ -142,14 +143,16 @@ def shape_of(op, arrays, **options):
         (dict(dtype=jnp.float32), {}, "takes bfloat16 on GPUs, .* TF32; given float32"),
         (dict(width=32), {}, "K = 32"),
         ({}, dict(chunk=32), "chunks of 64 on GPUs; given 32"),
-        ({}, dict(g=jnp.zeros((1, 100, 2, 64))), "each channel"),
     ],
 )
 def test_a_refusal_has_its_reason(op, changes, options, message):
-    arrays = given(op, **changes) | {name: a for name, a in options.items() if name == "g"}
-    options = {name: value for name, value in options.items() if name != "g"}
     with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match=f"{op} .*{message}"):
-        shape_of(op, arrays, **options)
+        shape_of(op, given(op, **changes), **options)
+
+
+def test_a_decay_of_each_channel_is_for_chunk_linear():
+    with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match="each channel"):
+        shape_of("chunk_delta", given("chunk_delta", decay="channel"))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -172,10 +175,11 @@ def loss(op, arrays):
     return o.astype(jnp.float32).sum() + (state**2).sum()
 
 
-def kernels(op, fn):
+def kernels(op, fn, decay="head"):
     """How often each kernel is in the lowered program."""
     with common.compiling_for("9.0"):
-        program = jax.jit(fn).trace(given(op)).lower(lowering_platforms=("cuda",))
+        arrays = given(op, decay=decay)
+        program = jax.jit(fn).trace(arrays).lower(lowering_platforms=("cuda",))
     names = re.findall(rf"\\00{op}_(\w+)_mosaic_gpu\\00", program.as_text())
     return {name: names.count(name) for name in sorted(set(names))}
 
@@ -221,6 +225,12 @@ def test_a_policy_saves_the_second_forward_kernel(op):
 def test_the_operations_of_a_kernel_are_not_counted(op):
     with common.compiling_for("9.0"), pytest.raises(ValueError, match="that is not counted"):
         cost.flops(lambda arrays: OPS[op][0](**arrays, platform="gpu"), given(op))
+
+
+@pytest.mark.slow
+def test_how_often_the_kernels_for_channels_run():
+    found = kernels("chunk_linear", jax.value_and_grad(partial(loss, "chunk_linear")), "channel")
+    assert found == both("chunk_linear") | {"forward_scores": 1}
 
 
 @pytest.mark.slow
