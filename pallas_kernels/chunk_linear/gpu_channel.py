@@ -115,9 +115,7 @@ def scores(q, k, total, *, scale, interpret):
             return found
 
         nothing = plgpu.layout_cast(jnp.zeros((SIDE, SIDE), WIDE), mosaic.WGMMA)
-        # Of a loop known to run once the compiler makes straight code, which spills registers.
-        steps = width // SIDE + lax.div(head, heads)  # the latter is zero
-        store(x.q_tile, scale * lax.fori_loop(0, steps, add, nothing))
+        store(x.q_tile, scale * lax.fori_loop(0, width // SIDE, add, nothing))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(x.q_tile, x.scores.at[row, head, chunk])
         plgpu.wait_smem_to_gmem(0)

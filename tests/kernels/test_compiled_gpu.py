@@ -19,7 +19,7 @@ def named(row):
 def test_every_case_is_recorded():
     wanted = {
         (*case, width, target)
-        for case in ops.OPS
+        for case in ops.ON_GPU
         for width in WIDTHS
         for target in deviceless_gpu.BANDWIDTH
     }
