@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from pallas_kernels import deviceless, tables
-from pallas_kernels.ops import OPS, arguments, function, work
+from pallas_kernels.ops import OPS, arguments, fingerprint, function, work
 from pallas_kernels.tables import markdown
 
 COMPILED = tables.HERE / "compiled.json"
@@ -81,17 +81,24 @@ def costs(plain: bool) -> Iterator[dict]:
                 yield row
 
 
-def compiled(op, decay, dtype, width, generation) -> dict:
-    """VMEM and spills of the kernels of one case, forward and backward; or why it is refused."""
+def program(op, decay, dtype, width, generation):
+    """The function of a case, forward and backward, and the shapes that it is compiled for."""
     fn = function(OPS[op, decay][0], "both", platform=f"tpu {generation}")
     given = arguments(op, decay, (1, 1024, 8, width), jnp.dtype(dtype))
-    print(op, decay, dtype, width, generation, flush=True)
+    return fn, given, given["v"]
+
+
+def compiled(**case) -> dict:
+    """The fingerprint of a case's program, and VMEM and spills of its kernels; or why it is
+    refused."""
+    print(*case.values(), flush=True)
+    fn, *given = program(**case)
     try:
-        cost = deviceless.cost(generation, fn, given, given["v"])
+        cost = deviceless.cost(case["generation"], fn, *given)
     except NotImplementedError as reason:
         return {"refused": str(reason)}
-    return {
-        name.removeprefix(f"{op}_"): {"vmem": kernel.vmem, "spills": kernel.spills}
+    return {"program": fingerprint(fn, *given)} | {
+        name.removeprefix(f"{case['op']}_"): {"vmem": kernel.vmem, "spills": kernel.spills}
         for name, kernel in sorted(cost.kernels.items())
     }
 

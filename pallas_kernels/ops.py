@@ -1,6 +1,8 @@
 """Every op with its plain form, the shapes of its arrays, and the work that its kernels do."""
 
+import hashlib
 import math
+import re
 from collections.abc import Iterator
 from functools import partial
 
@@ -76,6 +78,19 @@ def work(fn, *shapes) -> tuple[int, int]:
         steps = math.prod(equation.params["grid_mapping"].grid)
         flops += steps * sum(map(product, equations(equation.params["jaxpr"])))
     return flops, size
+
+
+def fingerprint(fn, *shapes) -> str:
+    """A hash of a function's program, its kernels and their blocks: what is equal compiles to the
+    same."""
+    program = jax.make_jaxpr(fn)(*shapes)
+    text = [str(program)]
+    for equation in equations(program.jaxpr):
+        if equation.primitive.name == "pallas_call":
+            blocks = equation.params["grid_mapping"].block_mappings
+            text += [f"{block.index_map_jaxpr} {block.pipeline_mode}" for block in blocks]
+    without_addresses = re.sub("0x[0-9a-f]+", "", "\n".join(text))
+    return hashlib.sha256(without_addresses.encode()).hexdigest()[:16]
 
 
 def equations(jaxpr) -> Iterator:
