@@ -17,6 +17,7 @@ _RESET = 2.0**14  # subtracted from the log decay of a document's first token
 
 # ---------------------------------------------------------------- where a kernel runs
 
+GENERATIONS = ("v4", "v5e", "v5p", "v6e", "v7x")  # of TPUs
 _interpreted: list = []
 
 
@@ -39,6 +40,8 @@ def target(platform: str | None):
     is given."""
     platform, _, generation = (platform or "").partition(" ")
     platform = "gpu" if platform == "cuda" else platform
+    if generation and (platform != "tpu" or generation not in GENERATIONS):
+        raise ValueError(f"generations of tpu: {', '.join(GENERATIONS)}; given {generation!r}")
     if _interpreted and platform in ("", _interpreted[-1][1]):
         return *_interpreted[-1], generation
     return False, platform or jax.default_backend(), generation
@@ -153,7 +156,7 @@ def call(
     """What an op hands to its kernel; NotImplementedError when that does not serve.
 
     by_channel: platforms that have kernels for a decay of each channel. Heads that share q and k
-    read them where they lie on GPUs; for TPUs they are repeated.
+    read them where they lie on GPUs, but with such a decay; for TPUs they are repeated.
     """
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform, generation = target(platform)
@@ -204,6 +207,8 @@ def check_shapes(name: str, q, k, v, beta, g, initial_state, reset) -> None:
         by_channel = leaf == "g" and array is not None and array.shape == (*shape, width)
         if array is not None and array.shape != shape and not by_channel:
             raise ValueError(f"{name}: {leaf} must be {list(shape)}; given {list(array.shape)}")
+    if reset is not None and reset.dtype != bool:
+        raise ValueError(f"{name}: reset must be bool; given {reset.dtype}")
     if length == 0:
         raise ValueError(f"{name}: the sequence is empty (T = 0); give at least one token")
     if heads % fewer:
@@ -358,14 +363,17 @@ def channel_log_decay_sums(g, reset, static: Static):
     return sums.reshape(g.shape)
 
 
-def clipped(dg, g):
-    """The gradient of g from what kernels write: columns of heads, or dg itself; none where g is
-    taken for a decay to nothing."""
+def clipped(dg, g, reset, platform: str):
+    """The gradient of g from what kernels write: columns of heads, or dg itself; none where g, or a
+    reset, is taken for a decay to nothing."""
     if g is None:
         return None
-    if g.ndim == 4:
-        return jnp.where(g < CHANNEL_LOWEST, 0, dg)
-    return jnp.where(g < LOWEST, 0, by_token(dg))
+    if g.ndim == 3:
+        return jnp.where(g < LOWEST, 0, by_token(dg))
+    if platform == "tpu":  # its terms are zero there
+        return dg
+    dg = jnp.where(g < CHANNEL_LOWEST, 0, dg)
+    return dg if reset is None else jnp.where(reset[..., None, None], 0, dg)
 
 
 def by_chunk(x, static: Static):

@@ -34,7 +34,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-TOPOLOGIES = {
+TOPOLOGIES = {  # of common.GENERATIONS
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
     "v5p": "v5p:2x2x1",

@@ -136,9 +136,10 @@ class MatrixMemory(MemoryCell):
             write = write[..., None]
         count = max(leaf.shape[2] for leaf in (q, k, write) if leaf is not None)
         q, k = (repeated(leaf, count) for leaf in (q, k))
-        if write is not None:  # a token without a key and a decay changes nothing
-            k = jnp.where(repeated(write, count)[..., None], k, 0)
-            g = None if g is None else select(repeated(write), g, jnp.zeros_like(g))
+        if write is not None:  # a token of zeros changes nothing
+            k = select(repeated(write, count), k, jnp.zeros_like(k))
+            zeros = jax.tree.map(jnp.zeros_like, (v, g, beta))
+            v, g, beta = select(repeated(write), (v, g, beta), zeros)
         given = dict(g=g, initial_state=state, reset=reset, scale=self.factor)
         if beta is None:
             return chunk_linear(q, k, v, **given)

@@ -9,6 +9,8 @@ With the letters of gpu_channel.py and dA = scale dO V^T, j <= i:
            + e^{G_C} . sum_v S . dS
 
 Pairs of a token with itself are left out of dg, where they cancel; the others are made as A is.
+Those wholly behind t cancel to the rounding of their factors, which is what is left of dg_t behind
+a strong decay.
 """
 
 import jax

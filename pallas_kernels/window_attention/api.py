@@ -57,7 +57,10 @@ def window_attention(
     elif platform == "gpu":
         common.check_served(NAME, q, k, v)
         _check_cudnn(q, k, v, reset, interpret)
-        o = gpu.attend(q, k, v, **given)
+        try:
+            o = gpu.attend(q, k, v, **given)
+        except RuntimeError as reason:  # so jax says that there is no cuDNN
+            raise NotImplementedError(f"{NAME} by cuDNN: {reason}; use a plain form") from reason
     elif plain:
         o = reference.blocked(q, k, v, reset=reset, block=block, **given)
     else:

@@ -179,6 +179,7 @@ def test_a_refusal_has_its_reason(op, changes, options, message):
         ({"k": (1, 31, 2, 64)}, r"k must be \[1, 32, 2, 64\]; given \[1, 31, 2, 64\]"),
         ({"g": (1, 32, 4)}, r"g must be \[1, 32, 2\]; given \[1, 32, 4\]"),
         ({"reset": (1, 30)}, r"reset must be \[1, 32\]"),
+        ({"reset": (1, 32)}, "reset must be bool; given float32"),
         ({"initial_state": (1, 2, 64, 32)}, r"initial_state must be \[1, 2, 64, 64\]"),
         ({"v": (1, 32, 3, 64), "g": (1, 32, 3), "beta": (1, 32, 3)}, "2 heads of q and k"),
         ({"v": (32, 2, 64)}, r"q, k, v must be \[B, T, h, D\]"),
@@ -294,6 +295,27 @@ def test_cells_run_them(name):
     np.testing.assert_array_equal(kept, given["state"])
     with pytest.raises(NotImplementedError, match="none for cpu"):
         memjax.run(cell, {}, xs, **given, implementation="pallas")
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_a_token_that_only_reads_would_write_does_not_matter(name):
+    cell = CELLS[name]
+    xs, given = kernel_checks.cell_inputs(cell)
+    hidden = {
+        leaf: jnp.where(jnp.expand_dims(given["write"], range(2, array.ndim)), array, jnp.nan)
+        for leaf, array in xs._asdict().items()
+        if leaf != "q"
+    }
+    with interpreted():
+        wanted = memjax.run(cell, {}, xs, **given, implementation="pallas")
+        found = memjax.run(cell, {}, xs._replace(**hidden), **given, implementation="pallas")
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_unknown_generation_is_told():
+    with pytest.raises(ValueError, match="generations of tpu: v4, v5e.*given 'v9'"):
+        jax.eval_shape(lambda given: chunk_linear(**given, platform="tpu v9"), arrays())
 
 
 def test_a_cell_of_another_form_has_no_kernel():

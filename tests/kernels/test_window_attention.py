@@ -216,6 +216,15 @@ def test_a_refusal_has_its_reason(given, options, message):
         traced(given, **options)
 
 
+def test_a_gpu_without_cudnn_is_refused(monkeypatch):
+    def missing(*args, **options):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    with pytest.raises(NotImplementedError, match="by cuDNN: cuDNN is not detected"):
+        traced(shapes(), platform="gpu")
+
+
 def test_cudnn_is_not_interpreted():
     with interpreted("gpu"), pytest.raises(NotImplementedError, match="cannot be interpreted"):
         traced(shapes(), platform=None)
