@@ -97,26 +97,44 @@ def figures(folder: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def main():
-    """Cases from stdin: op, decay and width; a line of JSON for each with its kernels, the larger
-    figures of the forward pass alone and of both passes."""
+def programs(op: str, decay: str, width: int) -> list[tuple]:
+    """The functions of a case, the forward pass and both, each with the shapes it is compiled
+    for."""
     import jax.numpy as jnp
 
     from pallas_kernels.ops import ON_GPU, arguments, function
 
+    arrays = arguments(op, decay, (1, 1024, 8, width), jnp.bfloat16)
+    forward, both = (
+        function(ON_GPU[op, decay][0], direction, platform="gpu")
+        for direction in ("forward", "both")
+    )
+    return [(forward, arrays), (both, arrays, arrays["v"])]
+
+
+def fingerprint(**case) -> str:
+    """That of both passes of a case."""
+    from pallas_kernels import common, ops
+
+    with common.compiling_for(common.GPU_CAPABILITY):
+        return ops.fingerprint(*programs(**case)[1])
+
+
+def main():
+    """Cases from stdin: op, decay and width; a line of JSON for each with the fingerprint of its
+    program and its kernels, the larger figures of the forward pass alone and of both passes."""
     folder, target = os.environ["MOSAIC_GPU_DUMP_TO"], sys.argv[1]
     for case in json.load(sys.stdin):
         for path in glob.glob(f"{folder}/*"):
             os.remove(path)
-        op, decay = case["op"], case["decay"]
-        arrays = arguments(op, decay, (1, 1024, 8, case["width"]), jnp.bfloat16)
-        run = ON_GPU[op, decay][0]
-        compile_for(target, function(run, "forward", platform="gpu"), arrays)
-        compile_for(target, function(run, "both", platform="gpu"), arrays, arrays["v"])
+        for fn, *shapes in programs(**case):
+            compile_for(target, fn, *shapes)
         kernels = {
-            name.removeprefix(f"{op}_"): kernel for name, kernel in sorted(figures(folder).items())
+            name.removeprefix(f"{case['op']}_"): kernel
+            for name, kernel in sorted(figures(folder).items())
         }
-        print(json.dumps({**case, "target": target, "kernels": kernels}), flush=True)
+        row = {**case, "target": target, "program": fingerprint(**case), "kernels": kernels}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

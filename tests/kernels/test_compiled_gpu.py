@@ -36,13 +36,17 @@ needs_plugin = pytest.mark.skipif(
 @pytest.mark.parametrize("row", [row for row in ROWS if row["target"] == "h200"], ids=named)
 def test_a_kernel_takes_no_more_than_recorded(row):
     """An H100 is of the same architecture. The registers of one kernel have differed by six from
-    one compilation to the next."""
+    one compilation to the next. A program that is the recorded one is not compiled again, but for
+    those of one shape."""
     case = {name: row[name] for name in cost_gpu.CASE}
+    same = tables.made(*cost_gpu.PACKAGES)["versions"] == RECORDED["versions"]
+    always = case["decay"] == "head" and case["width"] == 64
+    if same and not always and deviceless_gpu.fingerprint(**case) == row["program"]:
+        return
     (found,) = deviceless_gpu.compiled(row["target"], [case])
     assert found["kernels"].keys() == row["kernels"].keys()
-    versions = tables.made(*cost_gpu.PACKAGES)["versions"]
-    if versions != RECORDED["versions"]:
-        pytest.skip(f"recorded with {RECORDED['versions']}, compiled with {versions}: it compiles")
+    if not same:
+        pytest.skip(f"recorded with {RECORDED['versions']}, compiled with another: it compiles")
     for name, kernel in found["kernels"].items():
         for figure in ("spills", "shared"):
             assert kernel[figure] <= row["kernels"][name][figure], f"{name}: {figure}"
