@@ -64,9 +64,7 @@ def specs(found):
 mesh, both = sharding.mesh(dict(data=2, fsdp=2)), ('data', 'fsdp')
 SPLITS = {  # rows, heads, heads of q and k -> axes of rows, axes of heads
     (8, 2, 2): (both, None),
-    (4, 1, 1): (both, None),
     (2, 4, 2): ('data', 'fsdp'),
-    (2, 2, 1): ('data', 'fsdp'),
     (3, 4, 1): (None, both),
     (3, 3, 3): (None, None),
 }
