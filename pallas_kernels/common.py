@@ -1,4 +1,4 @@
-"""What the kernels share: products with a stated precision, decays, blocks."""
+"""What the kernels share: where they run, what they serve, and their blocks."""
 
 import contextlib
 import dataclasses
@@ -8,12 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-
-LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
-_RESET = 2.0**14  # subtracted from the log decay of a document's first token
-
 
 # ---------------------------------------------------------------- where a kernel runs
 
@@ -298,82 +293,7 @@ def plan(name: str, q, v, g, chunk, size_of, room: int) -> Block:
     )
 
 
-# ---------------------------------------------------------------- products
-
-
-def dot(a, b, of_a: int, of_b: int):
-    """a [m, n] times b, contracted over axis `of_a` of a and `of_b` of b; float32 sums."""
-    exact = a.dtype == b.dtype == jnp.float32
-    return lax.dot_general(
-        a,
-        b,
-        (((of_a,), (of_b,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def turned(x):
-    """[C, heads, D] <-> [heads, C, D]."""
-    return jnp.swapaxes(x, 0, 1)
-
-
-# ---------------------------------------------------------------- decays
-
-
-def log_decay_sums(g, reset, static: Static):
-    """Sums of log decays since the start of each token's chunk, as columns [B, G, N, C, 2 heads]
-    and as rows [B, G, N, 2 heads, C] of G groups of heads.
-
-    g: [B, T, H] float32; None gives (). reset: bool [B, T] or None; it acts as a decay to nothing.
-
-    A sum has two numbers, of whole parts and of the rest, heads of the first before heads of the
-    second: whole numbers add without error, so that the difference of two sums is as exact after a
-    strong decay, or a reset, as elsewhere.
-    """
-    if g is None:
-        return ()
-    chunk, heads = static.chunk, static.heads
-    batch, length, count = g.shape
-    g = jnp.maximum(g, LOWEST)
-    whole = jnp.round(g)
-    both = jnp.stack([whole - (0 if reset is None else _RESET * reset[..., None]), g - whole])
-    both = both.reshape(2, batch, length // chunk, chunk, count // heads, heads)
-    last = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
-    sums = [
-        jnp.einsum(f"ij,pbnjgh->bgn{axes}", last, both, precision=lax.Precision.HIGHEST)
-        for axes in ("iph", "phi")
-    ]
-    shape = (batch, count // heads, length // chunk)
-    return sums[0].reshape(*shape, chunk, 2 * heads), sums[1].reshape(*shape, 2 * heads, chunk)
-
-
-CHANNEL_LOWEST = -100.0  # that of decays by channel, whose sums have one part
-
-
-def channel_log_decay_sums(g, reset, static: Static):
-    """Sums of log decays by channel since the start of each token's chunk, [B, T, H, K]. A reset is
-    a decay of e^-100, which is zero in float32 beside anything."""
-    batch, length, *axes = g.shape
-    g = jnp.maximum(g, CHANNEL_LOWEST)
-    g = g if reset is None else jnp.where(reset[..., None, None], CHANNEL_LOWEST, g)
-    chunks = g.reshape(batch, -1, static.chunk, *axes)
-    last = jnp.tril(jnp.ones((static.chunk, static.chunk), jnp.float32))
-    sums = jnp.einsum("ts,bnshk->bnthk", last, chunks, precision=lax.Precision.HIGHEST)
-    return sums.reshape(g.shape)
-
-
-def clipped(dg, g, reset, platform: str):
-    """The gradient of g from what kernels write: columns of heads, or dg itself; none where g, or a
-    reset, is taken for a decay to nothing."""
-    if g is None:
-        return None
-    if g.ndim == 3:
-        return jnp.where(g < LOWEST, 0, by_token(dg))
-    if platform == "tpu":  # its terms are zero there
-        return dg
-    dg = jnp.where(g < CHANNEL_LOWEST, 0, dg)
-    return dg if reset is None else jnp.where(reset[..., None, None], 0, dg)
+# ---------------------------------------------------------------- blocks
 
 
 def by_chunk(x, static: Static):
@@ -387,117 +307,6 @@ def by_token(columns):
     """[B, G, N, C, heads] -> [B, T, H]."""
     batch, groups, chunks, chunk, heads = columns.shape
     return jnp.moveaxis(columns, 1, 3).reshape(batch, chunks * chunk, groups * heads)
-
-
-def places(size: int):
-    """Row and column of every place of [size, size]."""
-    return tuple(lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-
-
-def log_decay_gradient(products, asking, writing, carrying, *, like):
-    """dg of a chunk, [C, heads], from what each head has of it.
-
-        dg_t = sum_{j < t <= i} products_ij + sum_{i >= t} asking_i + sum_{j < t} writing_j
-               + carrying
-
-    products [C, C]; asking, writing [C, 1]; carrying [1, 1]; like: of the op. No two
-    terms cancel: as differences of two cumulative sums they would lose what a strong decay leaves.
-    """
-    i, j = places(products[0].shape[0])
-    onwards, before = (jnp.where(mask, 1.0, 0.0) for mask in (j >= i, j < i))
-    crossing = []
-    for array in products:
-        later = dot_in_parts((onwards.astype(like),), parts(array, like), 1, 0)
-        crossing.append(jnp.sum(jnp.where(j < i, later, 0), 1, keepdims=True))
-    beside = [jnp.concatenate(x, axis=1) for x in (crossing, asking, writing, carrying)]
-    return beside[0] + dot(onwards, beside[1], 1, 0) + dot(before, beside[2], 1, 0) + beside[3]
-
-
-# ---------------------------------------------------------------- triangles
-
-
-def parts(x, like):
-    """What `dot_in_parts` makes products of: x itself, or for an op in bfloat16 a float32 x as a
-    sum of two arrays of bfloat16. Split what is used twice once."""
-    if like == jnp.float32 or x.dtype == jnp.bfloat16:
-        return (x,)
-    main = x.astype(jnp.bfloat16)
-    return main, (x - main.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def rounded(x, like):
-    """x in the op's dtype, as the only one of its parts."""
-    return (x.astype(like),)
-
-
-def dot_in_parts(a, b, of_a: int, of_b: int):
-    """`dot` of two `parts`, for where terms cancel: exact to float32, or in bfloat16 by 2 or 3
-    products to 4e-6."""
-    total = dot(a[0], b[0], of_a, of_b)
-    for rest in b[1:]:
-        total = total + dot(a[0], rest, of_a, of_b)
-    for rest in a[1:]:
-        total = total + dot(rest, b[0], of_a, of_b)
-    return total
-
-
-def unit_lower_inverses(lowers, like):
-    """(I + L)^-1 of strictly lower L [C, C], C a power of two: those of all heads side by side, so
-    that a product need not wait for the one before it.
-
-    The inverse of blocks of b places on the diagonal becomes that of blocks of 2 b by
-    X <- X - X L' X, L' what joins the two halves of each block. Exact for equal keys, and nothing
-    on the way is larger than the inverse; powers of L grow without bound. In bfloat16 this X has
-    all factors rounded, and X + X (E + E E) with its residual E = I - (I + L) X is as near as with
-    factors in two parts: the terms left out are X E^3.
-    """
-    size = lowers[0].shape[0]
-    i, j = places(size)
-
-    def joins(bits):
-        return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits != j >> bits)
-
-    unit = jnp.where(i == j, 1.0, 0.0)
-    found = [unit - jnp.where(joins(0), x, 0) for x in lowers]
-    rounded = [x.astype(like) for x in lowers]
-    for bits in range(1, size.bit_length() - 1):
-        half = 1 << bits
-        factors = [x.astype(like) for x in found]
-        joined = [_second(jnp.where(joins(bits), x, 0), half) for x in rounded]
-        inner = [dot(x, y, 1, 0) for x, y in zip(joined, factors, strict=True)]
-        inner = [_spread(x.astype(like), half) for x in inner]
-        changes = [dot(_second(x, half), y, 1, 0) for x, y in zip(factors, inner, strict=True)]
-        found = [x - _spread(y, half) for x, y in zip(found, changes, strict=True)]
-    if like == jnp.float32:
-        return found
-    factors = [x.astype(like) for x in found]
-    errors = [
-        unit - x.astype(jnp.float32) - dot_in_parts(parts(y, like), (x,), 1, 0)
-        for x, y in zip(factors, lowers, strict=True)
-    ]
-    rests = [x.astype(like) for x in errors]
-    rests = [(x + dot(y, y, 1, 0)).astype(like) for x, y in zip(errors, rests, strict=True)]
-    return [x.astype(jnp.float32) + dot(x, y, 1, 0) for x, y in zip(factors, rests, strict=True)]
-
-
-def _second(x, half: int):
-    """The rows of the second halves of blocks of 2 half rows, which are those that change; all
-    rows where half is no whole number of tiles."""
-    if half < 16:
-        return x
-    return jnp.concatenate([x[n : n + half] for n in range(half, x.shape[0], 2 * half)])
-
-
-def _spread(x, half: int):
-    """Rows of `_second` in their places, zeros between them."""
-    if half < 16:
-        return x
-    zero = jnp.zeros((half, x.shape[1]), x.dtype)
-    rows = (x[n : n + half] for n in range(0, x.shape[0], half))
-    return jnp.concatenate([part for row in rows for part in (zero, row)])
-
-
-# ---------------------------------------------------------------- blocks
 
 
 @dataclasses.dataclass(frozen=True)

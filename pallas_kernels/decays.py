@@ -3,7 +3,7 @@
 With x.D.y the matrix sum_d x_i[d] e^{G_i - G_j}[d] y_j[d], j <= i, and zero above its diagonal, G
 the sum of the log decays since the chunk's start. No exponent is above 0: masks come before exp.
 
-A decay for each head has sums G in two numbers (`common.log_decay_sums`), and D is one matrix.
+A decay for each head has sums G in two numbers (`log_decay_sums`), and D is one matrix.
 
 A decay for each channel has no such matrix. Two neighbouring blocks of `half` tokens are joined by
 the decays from the first one's tokens to its end and from the second one's start to its tokens;
@@ -25,8 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import common
-from pallas_kernels.common import LOWEST, dot, dot_in_parts, places, turned
+from pallas_kernels.common import Static, by_token
+from pallas_kernels.products import dot, dot_in_parts, parts, places, turned
+
+LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
+_RESET = 2.0**14  # subtracted from the log decay of a document's first token
+CHANNEL_LOWEST = -100.0  # that of decays by channel on GPUs, whose sums have one part
 
 
 def arrays(g, reset, static) -> tuple:
@@ -34,13 +38,65 @@ def arrays(g, reset, static) -> tuple:
     channel the sums on GPUs, on TPUs g [B, T, H, K] and, with reset, the tokens where a document
     begins as columns [B, N, C, 1]."""
     if g is None or g.ndim == 3:
-        return common.log_decay_sums(g, reset, static)
+        return log_decay_sums(g, reset, static)
     if static.platform == "gpu":
-        return (common.channel_log_decay_sums(g, reset, static),)
+        return (channel_log_decay_sums(g, reset, static),)
     if reset is None:
         return (g,)
     batch, length = reset.shape
     return g, reset.astype(jnp.float32).reshape(batch, length // static.chunk, static.chunk, 1)
+
+
+def log_decay_sums(g, reset, static: Static):
+    """Sums of log decays since the start of each token's chunk, as columns [B, G, N, C, 2 heads]
+    and as rows [B, G, N, 2 heads, C] of G groups of heads.
+
+    g: [B, T, H] float32; None gives (). reset: bool [B, T] or None; it acts as a decay to nothing.
+
+    A sum has two numbers, of whole parts and of the rest, heads of the first before heads of the
+    second: whole numbers add without error, so that the difference of two sums is as exact after a
+    strong decay, or a reset, as elsewhere.
+    """
+    if g is None:
+        return ()
+    chunk, heads = static.chunk, static.heads
+    batch, length, count = g.shape
+    g = jnp.maximum(g, LOWEST)
+    whole = jnp.round(g)
+    both = jnp.stack([whole - (0 if reset is None else _RESET * reset[..., None]), g - whole])
+    both = both.reshape(2, batch, length // chunk, chunk, count // heads, heads)
+    last = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
+    sums = [
+        jnp.einsum(f"ij,pbnjgh->bgn{axes}", last, both, precision=lax.Precision.HIGHEST)
+        for axes in ("iph", "phi")
+    ]
+    shape = (batch, count // heads, length // chunk)
+    return sums[0].reshape(*shape, chunk, 2 * heads), sums[1].reshape(*shape, 2 * heads, chunk)
+
+
+def channel_log_decay_sums(g, reset, static: Static):
+    """Sums of log decays by channel since the start of each token's chunk, [B, T, H, K]. A reset is
+    a decay of e^-100, which is zero in float32 beside anything."""
+    batch, length, *axes = g.shape
+    g = jnp.maximum(g, CHANNEL_LOWEST)
+    g = g if reset is None else jnp.where(reset[..., None, None], CHANNEL_LOWEST, g)
+    chunks = g.reshape(batch, -1, static.chunk, *axes)
+    last = jnp.tril(jnp.ones((static.chunk, static.chunk), jnp.float32))
+    sums = jnp.einsum("ts,bnshk->bnthk", last, chunks, precision=lax.Precision.HIGHEST)
+    return sums.reshape(g.shape)
+
+
+def clipped(dg, g, reset, platform: str):
+    """The gradient of g from what kernels write: columns of heads, or dg itself; none where g, or a
+    reset, is taken for a decay to nothing."""
+    if g is None:
+        return None
+    if g.ndim == 3:
+        return jnp.where(g < LOWEST, 0, by_token(dg))
+    if platform == "tpu":  # its terms are zero there
+        return dg
+    dg = jnp.where(g < CHANNEL_LOWEST, 0, dg)
+    return dg if reset is None else jnp.where(reset[..., None, None], 0, dg)
 
 
 def specs(arrays, blocks) -> tuple:
@@ -72,7 +128,7 @@ def gradient_shapes(arrays) -> tuple:
 def of_heads(values, heads: int, split: Callable) -> list:
     """The decay of each head from the blocks of `arrays`.
 
-    split: what makes `common.parts` of a float32 factor: its precision.
+    split: what makes `parts` of a float32 factor: its precision.
     """
     if not values:
         return [Decay(split)] * heads
@@ -87,8 +143,27 @@ def of_heads(values, heads: int, split: Callable) -> list:
 def stacked(gradients: list, like):
     """The block of dg from `log_gradient` of all heads."""
     if isinstance(gradients[0], tuple):
-        return common.log_decay_gradient(*zip(*gradients, strict=True), like=like)
+        return log_decay_gradient(*zip(*gradients, strict=True), like=like)
     return turned(jnp.stack(gradients))
+
+
+def log_decay_gradient(products, asking, writing, carrying, *, like):
+    """dg of a chunk, [C, heads], from what each head has of it.
+
+        dg_t = sum_{j < t <= i} products_ij + sum_{i >= t} asking_i + sum_{j < t} writing_j
+               + carrying
+
+    products [C, C]; asking, writing [C, 1]; carrying [1, 1]; like: of the op. No two
+    terms cancel: as differences of two cumulative sums they would lose what a strong decay leaves.
+    """
+    i, j = places(products[0].shape[0])
+    onwards, before = (jnp.where(mask, 1.0, 0.0) for mask in (j >= i, j < i))
+    crossing = []
+    for array in products:
+        later = dot_in_parts((onwards.astype(like),), parts(array, like), 1, 0)
+        crossing.append(jnp.sum(jnp.where(j < i, later, 0), 1, keepdims=True))
+    beside = [jnp.concatenate(x, axis=1) for x in (crossing, asking, writing, carrying)]
+    return beside[0] + dot(onwards, beside[1], 1, 0) + dot(before, beside[2], 1, 0) + beside[3]
 
 
 def times(x, factor):

@@ -159,7 +159,7 @@ def sums_over(steps: int, slots: int, arrived, fetch, use, count: int) -> list:
 def decayed(x, sums, since_start: bool):
     """x [C, C] times the decay of each row's token, since the chunk's start or to its end.
 
-    sums [2, C] in shared memory: those of `common.log_decay_sums`; None leaves x as it is.
+    sums [2, C] in shared memory: those of `decays.log_decay_sums`; None leaves x as it is.
     """
     if sums is None:
         return x

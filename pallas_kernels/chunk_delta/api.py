@@ -96,7 +96,7 @@ def _op_backward(static, saved, cotangents):
         dk,
         dv,
         common.by_token(dbeta),
-        common.clipped(dg, g, reset, static.platform),
+        decays.clipped(dg, g, reset, static.platform),
         None,
         dinitial,
     )

@@ -92,10 +92,10 @@ def dots(*wanted):
 
 def inverses(k, beta, sums, *, interpret):
     """M of every chunk in two parts, [B, H, N, 2, C, C]. beta: [B, H, N, C]; sums: rows of
-    `common.log_decay_sums`, or None.
+    `decays.log_decay_sums`, or None.
 
-    As `common.unit_lower_inverses`, with the mask on what is found: X, the inverse of the blocks on
-    the diagonal, is zero elsewhere, so that in X L X each pair of blocks stands alone.
+    As `products.unit_lower_inverses`, with the mask on what is found: X, the inverse of the blocks
+    on the diagonal, is zero elsewhere, so that in X L X each pair of blocks stands alone.
     """
     batch, length, fewer, width = k.shape
     heads, chunks, steps = beta.shape[1], length // SIDE, width // SIDE
@@ -303,7 +303,7 @@ def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpre
     in parts, the first of all heads before the second.
 
     T must be a multiple of chunk, which is 64. beta: columns [B, H, N, C, 1]. sums:
-    `common.log_decay_sums`' of single heads.
+    `decays.log_decay_sums`' of single heads.
     """
     batch, length, count, size = v.shape
     width, chunks = q.shape[-1], length // chunk

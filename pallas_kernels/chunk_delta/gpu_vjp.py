@@ -41,7 +41,7 @@ from pallas_kernels.mosaic import SIDE, copy_in, decayed, load, of_rows, span, s
 
 def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
     """(dv, dinitial, dS behind the chunks [B, N, 2 H, K, V], dY [B, T, 2 H, V]), the latter two in
-    parts. beta: [B, H, N, C]; sums: rows of `common.log_decay_sums`, or None; found: M."""
+    parts. beta: [B, H, N, C]; sums: rows of `decays.log_decay_sums`, or None; found: M."""
     batch, length, heads, size = do.shape
     width, chunks = q.shape[-1], length // SIDE
 

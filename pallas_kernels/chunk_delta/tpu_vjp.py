@@ -20,7 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import decays
 from pallas_kernels.chunk_delta.tpu import strictly_lower
-from pallas_kernels.common import Blocks, dot_in_parts, parts, rounded, turned
+from pallas_kernels.common import Blocks
+from pallas_kernels.products import dot_in_parts, parts, rounded, turned
 
 
 def kernel(*refs, decaying, scale):

@@ -85,7 +85,7 @@ def _op_backward(static, saved, cotangents):
     _, backward = _kernels(static, g)
     decaying = decays.arrays(g, reset, static)
     dq, dk, dv, dg, dinitial = backward(q, k, v, decaying, *kept, *cotangents, **static.options())
-    return dq, dk, dv, common.clipped(dg, g, reset, static.platform), None, dinitial
+    return dq, dk, dv, decays.clipped(dg, g, reset, static.platform), None, dinitial
 
 
 _op.defvjp(_op_forward, _op_backward)

@@ -33,7 +33,7 @@ def states(a, b, sums, initial, *, ends=None, scale, backward, name, interpret):
         S <- e^{G_C} S + scale (A e^{G_C - G})^T B,     backward: with e^G instead of e^{G_C - G}
 
     over the chunks in their order, or backward. a: [B, T, h, K]; b: [B, T, H, V]; sums: rows of
-    `common.log_decay_sums`, or None; initial: float32 [B, H, K, V]. ends: [B, H, N, K], the G_C of
+    `decays.log_decay_sums`, or None; initial: float32 [B, H, K, V]. ends: [B, H, N, K], the G_C of
     decays by channel, of which a has the rest.
     """
     batch, length, heads, size = b.shape

@@ -10,7 +10,7 @@ With the letters of gpu.py, S the state in front of the chunk and dS the gradien
 
 dS is the state of the walk against time, where Q writes dO, and dV what K reads there: the kernels
 of gpu.py. One kernel more has a warpgroup for each chunk and 64 columns of K. It makes dQ, dK and
-those columns' part of dg, whose terms do not cancel (`common.log_decay_gradient`).
+those columns' part of dg, whose terms do not cancel (`decays.log_decay_gradient`).
 """
 
 import jax
@@ -107,7 +107,7 @@ def keys(q, k, v, do, sums, bounds, dbounds, *, scale, name, interpret):
 
 
 def of_decay(x, products, dread, dadded, carried):
-    """dg of a chunk, as in `common.log_decay_gradient`, into `x.dg_tile`. carried: e^{G_C} <S, dS>
+    """dg of a chunk, as in `decays.log_decay_gradient`, into `x.dg_tile`. carried: e^{G_C} <S, dS>
     without its decay, a number for each row of S. Tiles that are read no more hold the parts of the
     products and the triangle of ones."""
     main, rest, onwards = (tiles.at[0] for tiles in (x.v_tiles, x.do_tiles, x.state_tiles))

@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import decays
-from pallas_kernels.common import Blocks, dot, dot_in_parts, rounded, turned
+from pallas_kernels.common import Blocks
+from pallas_kernels.products import dot, dot_in_parts, rounded, turned
 
 
 def kernel(*refs, decaying, scale):
