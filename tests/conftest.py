@@ -3,7 +3,9 @@
 import faulthandler
 import gc
 import os
+import re
 import sys
+import zlib
 
 import pytest
 
@@ -44,17 +46,30 @@ def exact_products():
         yield
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--share", default="0/1", help="i/n: one n-th of the tests, 0/n to (n-1)/n")
+
+
+def pytest_collection_modifyitems(config, items):
     """Puts tests of one cell or model side by side, where the module names the parameter that says
-    which: they share compiled code, and pytest-xdist gives neighbours to one worker."""
+    which: they share compiled code, and pytest-xdist gives neighbours to one worker. They are in
+    the same share too."""
+    share = re.fullmatch(r"(\d+)/(\d+)", config.getoption("share"))
+    if not share or int(share[1]) >= int(share[2]):
+        raise pytest.UsageError(f"--share must be i/n, i < n; given {config.getoption('share')}")
     modules = {item.module.__name__: number for number, item in enumerate(items)}
 
-    def place(item):
+    def group(item):
         name = getattr(item.module, "GROUPED_BY", None)
         value = getattr(item, "callspec", None) and item.callspec.params.get(name)
-        return modules[item.module.__name__], getattr(value, "name", value) or ""
+        return getattr(value, "name", value) or ""
 
-    items.sort(key=place)
+    def mine(item):
+        name = f"{item.module.__name__} {group(item) or item.name}"
+        return zlib.crc32(name.encode()) % int(share[2]) == int(share[1])
+
+    config.hook.pytest_deselected(items=[item for item in items if not mine(item)])
+    items[:] = sorted(filter(mine, items), key=lambda i: (modules[i.module.__name__], group(i)))
 
 
 def pytest_configure(config):

@@ -147,7 +147,9 @@ def run_on(devices: int, program: str, *arguments: str) -> str:
         **os.environ,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join(
+            [os.environ["XLA_FLAGS"], f"--xla_force_host_platform_device_count={devices}"]
+        ),
     }
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
