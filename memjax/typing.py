@@ -58,7 +58,9 @@ class Field:
     kind: "query", "key" (unit norm), "value" (normal), "exponent" (normal; of a weight), "bonus"
     (the same for the answer to its own token only), "log_decay" (<= 0), "rate", "query_rate" (a
     rate that only the answer depends on), or "multiple", another leaf times a rate per channel.
-    low, high: the closed range of the rate. of: the leaf that a multiple is of.
+    low, high: the closed range of the rate. of: the leaf that a multiple is of. plain: the value
+    with which a token stores its pair and changes nothing else, as probes do; None for 0, of a rate
+    1 or what is nearest to it in the range.
     """
 
     shape: str
@@ -66,6 +68,7 @@ class Field:
     low: float = 0.0
     high: float = 1.0
     of: str = ""
+    plain: float | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -60,7 +60,7 @@ class AtlasInputs(NamedTuple):
     alpha: Annotated[Array, Field("", "log_decay")]
     eta: Annotated[Array, Field("", "rate", 0.0, 0.02)]
     gamma: Annotated[Array, Field("c", "rate")]
-    theta: Annotated[Array, Field("", "log_decay")]
+    theta: Annotated[Array, Field("", "log_decay", plain=-30.0)]  # no momentum
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
     """x: [B, T, h, V], i * u; g: [B, T, h, V], log decay <= 0."""
 
     x: Annotated[Array, Field("V", "value")]
-    g: Annotated[Array, Field("V", "log_decay")]
+    g: Annotated[Array, Field("V", "log_decay", plain=-0.05)]  # 0 would store nothing
 
 
 class Level(NamedTuple):

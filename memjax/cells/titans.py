@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
     k: Annotated[Array, Field("K", "key")]
     v: Annotated[Array, Field("V", "value")]
     alpha: Annotated[Array, Field("", "log_decay")]
-    eta: Annotated[Array, Field("", "log_decay")]
+    eta: Annotated[Array, Field("", "log_decay", plain=-30.0)]  # no momentum
     theta: Annotated[Array, Field("", "rate", 0.0, 0.05)]
 
 
