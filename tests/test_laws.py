@@ -78,7 +78,7 @@ ADDERS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("number", [8, 64, 128])
+@pytest.mark.parametrize("number", [16, 128])
 def test_a_sum_of_pairs(form, number):
     keys, values = drawn(SEEDS, number)
     y = answers(ADDERS["linear_attention"], form, keys, values)
@@ -86,7 +86,7 @@ def test_a_sum_of_pairs(form, number):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("keep", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("keep", [0.9, 0.99])
 def test_decay(form, keep):
     keys, values = drawn(8 * SEEDS, 128)  # one age is one item of a seed
     error = squared(answers(ADDERS["simple_gla"], form, keys, values, keep=keep), values)
@@ -96,8 +96,8 @@ def test_decay(form, keep):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.2])
-@pytest.mark.parametrize("number", [8, 32, 128])
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+@pytest.mark.parametrize("number", [16, 128])
 def test_delta_rule(form, beta, number):
     keys, values = drawn(SEEDS, number)
     cell = DeltaNet(DIM, DIM, scale=1.0)
@@ -114,7 +114,7 @@ DELTAS = ("comba", "delta_product", "dplr", "gated_delta_net", "kda", "rwkv7")
 SUMS = ("gla", "mamba2", "retnet", "simple_gla")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["scan", pytest.param("chunked", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("names", "plainest"), [(DELTAS, DeltaNet(8, 6)), (SUMS, LinearAttention(8, 6))]
 )
@@ -174,7 +174,7 @@ def test_what_is_named_right():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("number", [16, 64, 128])
+@pytest.mark.parametrize("number", [16, 64])
 def test_ridge(form, number):
     """Gated KalmaNet with a ridge that hardly counts and enough steps of its solver: with s^2 =
     (1 + a) / a the relative error is 2 ((s - 1) / (s + 1))^301 < 1e-8 for a = 1e-3."""
@@ -250,10 +250,9 @@ def test_softmax_with_a_sharp_temperature_is_exact(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("segments", [2, 4])
-def test_segments_with_an_oracle(form, segments):
+def test_segments_with_an_oracle(form):
     """Memory Caching whose gate, and a mixture of memories whose router, know where a pair is."""
-    number, inner = 128, LinearAttention(DIM, DIM, scale=1.0)
+    number, segments, inner = 128, 4, LinearAttention(DIM, DIM, scale=1.0)
     keys, values = drawn(SEEDS, number)
     theory = laws.hebbian_error(number / segments, DIM)
     where = np.arange(number) // (number // segments)

@@ -31,43 +31,43 @@ def has_queries(cell: MemoryCell) -> bool:
 
 def tokens(
     cell: MemoryCell,
-    keys: Float[Array, "B T K"],
-    values: Float[Array, "B T V"],
+    keys: Float[np.ndarray, "B T K"],
+    values: Float[np.ndarray, "B T V"],
     *,
     strength: float = 1.0,
     keep: float = 1.0,
-    **given: Float[Array, "B T ..."],
+    **given: Float[np.ndarray, "B T ..."],
 ) -> Any:
-    """The inputs of `cell`, leaves [B, T, 1, ...], of one memory that is given these pairs.
+    """The inputs of `cell`, float32 leaves [B, T, 1, ...], of one memory that is given these pairs.
 
     A query is the token's key. Micro-steps, memories and queries of a group are given the same. A
     router sends a token to the memory that is largest among the first channels of its key, as an
     untrained one would. strength: of all rates, within their ranges. keep: the factor per token of
     what fades. given: leaves [B, T, ...] by name, instead of these.
     """
-    leaves: dict[str, Array] = {}
+    leaves: dict[str, np.ndarray] = {}
     for name, field in sorted(fields(cell.inputs).items(), key=lambda item: item[1].of):
         if name in given:
-            leaf = jnp.asarray(given[name])[:, :, None]
+            leaf = given[name][:, :, None]
         elif name == ROUTER:
-            number = cell.axis(field.shape)
-            leaf = jax.nn.one_hot(jnp.argmax(keys[..., :number], -1), number)[:, :, None]
+            number = cell.axis(field.shape) or 1
+            leaf = np.eye(number)[np.argmax(keys[..., :number], axis=-1)][:, :, None]
         else:
             leaf = _leaf(cell, field, keys, values, strength, keep)
         leaves[name] = leaf * leaves[field.of] if field.of else leaf
-    return cell.inputs(**leaves)
+    return cell.inputs(**{name: leaf.astype(np.float32) for name, leaf in leaves.items()})
 
 
-def _leaf(cell, field: Field, keys, values, strength: float, keep: float) -> Array:
+def _leaf(cell, field: Field, keys, values, strength: float, keep: float) -> np.ndarray:
     axes = field.shape.split()
     sizes = [cell.axis(letter) or 1 for letter in axes]
     shape = *keys.shape[:2], 1, *sizes
     if field.kind in ("query", "key", "value"):
         vector = values if field.kind == "value" else keys
-        vector = jnp.asarray(vector)[:, :, *(None,) * len(axes)]
+        vector = vector.reshape(*keys.shape[:2], *(1,) * len(axes), -1)
         repeats = sizes[-1] // vector.shape[-1]  # all keys of a token in one axis
-        return jnp.broadcast_to(jnp.tile(vector, repeats), shape)
-    return jnp.full(shape, plain(field, strength, keep), keys.dtype)
+        return np.broadcast_to(np.tile(vector, repeats), shape)
+    return np.full(shape, plain(field, strength, keep))
 
 
 def plain(field: Field, strength: float = 1.0, keep: float = 1.0) -> float:
@@ -107,19 +107,24 @@ def recall(
 
 @functools.partial(jax.jit, static_argnums=0)
 def ask(cell: MemoryCell, params: PyTree, states: PyTree, questions: Any) -> Array:
-    """What each of several states answers, [n, B, m, V]; states [n, B, 1, ...], questions leaves
-    [B, m, 1, ...]."""
+    """What each of several states answers, [n, B, m, H, V]; states [n, B, H, ...], questions leaves
+    [B, m, h, ...]."""
 
     def one(state):
         y, _ = cell.ask(params, state, questions, None, None)
-        return y.reshape(*y.shape[:2], -1)
+        return y.reshape(*y.shape[:3], -1)
 
     return jax.lax.map(one, states)
 
 
-def gain(cell: MemoryCell, params: PyTree, keys: Array, values: Array) -> float:
-    """The mean of v . answer to a pair that is alone in the memory, over B unit pairs [B, 1, ...]:
-    in units of it the answers of all cells, whatever scale and step they have, can be compared."""
+def gain(
+    cell: MemoryCell,
+    params: PyTree,
+    keys: Float[np.ndarray, "B 1 K"],
+    values: Float[np.ndarray, "B 1 V"],
+) -> float:
+    """The mean of v . answer to a unit pair that is alone in the memory, over B pairs. In units of
+    it the answers of all cells, whatever scale and step they have, can be compared."""
     token = tokens(cell, keys, values)
     answers, _ = recall(cell, params, token, token)
     return float(jnp.mean(jnp.sum(answers * values, axis=-1)))
