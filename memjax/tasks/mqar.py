@@ -87,6 +87,14 @@ class _Recall(Source):
         """The query accuracy of a guess among all values, the upper half of the tokens."""
         return 1 / (self.vocab - self.vocab // 2)
 
+    def show(self, example: Example) -> list[str]:
+        """The bindings in order, the queries, and the whole row."""
+        lines = ["binding   position     key   value"]
+        for position in range(0, self.context, 2):
+            key, value = example["inputs"][position : position + 2]
+            lines.append(f"{position // 2 + 1:7d}   {position:8d}   {key:5d}   {value:5d}")
+        return [*lines, "", *super().show(example)]
+
     def _pairs(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys, out of 1..vocab//2-1, and their first values, out of vocab//2..vocab-1. [pairs]."""
         first_value = self.vocab // 2

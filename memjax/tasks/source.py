@@ -18,7 +18,8 @@ class Source:
     fields.
 
     An example has arrays [length]: inputs, targets, mask and distance, and bool ones that mark
-    groups of scored positions; integers [] are facts of the whole row.
+    groups of scored positions; integers [] are facts of the whole row. `show` tells a person what
+    is in it; a task whose rows need more words overrides it.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,27 @@ class Source:
 
     def __getitem__(self, index: int) -> Example:
         raise NotImplementedError
+
+    def show(self, example: Example) -> list[str]:
+        """The example as lines of text: facts, scored positions and the groups they are in, row."""
+        inputs, mask, distance = example["inputs"], example["mask"], example.get("distance")
+        facts = {name: int(array) for name, array in example.items() if not array.ndim}
+        groups = {
+            name: array for name, array in example.items() if array.dtype == bool and name != "mask"
+        }
+        lines = [f"{name:9s} {value}" for name, value in facts.items()]
+        lines.append("query     position   token  answer" + "   distance" * (distance is not None))
+        for count, at in enumerate(np.flatnonzero(mask).tolist(), 1):
+            line = f"{count:7d}   {at:8d}   {inputs[at]:5d}   {example['targets'][at]:5d}"
+            line += "" if distance is None else f"   {distance[at]:8d}"
+            lines.append(
+                line + "".join(f"   {name}" for name, marks in groups.items() if marks[at])
+            )
+        lines += ["", "row (queries in brackets; the answer comes next, and is not in the row)"]
+        words = [f"[{t}]" if m else f"{t} " for t, m in zip(inputs, mask, strict=True)]
+        return lines + [
+            "".join(f"{w:>7}" for w in words[i : i + 12]) for i in range(0, len(words), 12)
+        ]
 
     def _check_type(self, name: str, default: object) -> None:
         given, kind = getattr(self, name), type(default)
