@@ -14,10 +14,12 @@ from memjax.tasks import __main__ as command
 from memjax.tasks import draws
 
 GOLDEN = {
-    ("mqar", "train"): "327ff8b138a81326",
-    ("mqar", "test"): "7525255f912d668a",
-    ("forgetting_mqar", "train"): "74a9c25523282401",
-    ("forgetting_mqar", "test"): "aded397eec6c39c5",
+    ("mqar", "train"): "f92a664c3a72c725",
+    ("mqar", "test"): "572efcf07e8ad27e",
+    ("forgetting_mqar", "train"): "c5ac3bc219dc1a8d",
+    ("forgetting_mqar", "test"): "7645a7a5288601d6",
+    ("compositional_mqar", "train"): "f202ba001e0a72d4",
+    ("compositional_mqar", "test"): "bc398ec14ce75d68",
     ("passkey", "train"): "82c0c61fe4ab0f44",
     ("passkey", "test"): "0ce75bbdde4e29f6",
 }

@@ -11,11 +11,19 @@ import dataclasses
 import difflib
 from typing import Any
 
-from memjax.tasks.mqar import MQAR, ForgettingMQAR
+from memjax.tasks.mqar import MQAR, CompositionalMQAR, ForgettingMQAR
 from memjax.tasks.passkey import Passkey
 from memjax.tasks.source import Source
 
-_TASKS = {task.name: task for task in (MQAR, ForgettingMQAR, Passkey)}
+_TASKS: dict[str, type[Source]] = {
+    task.name: task
+    for task in (
+        MQAR,
+        ForgettingMQAR,
+        CompositionalMQAR,
+        Passkey,
+    )
+}
 
 
 def names() -> list[str]:
@@ -31,7 +39,7 @@ def make(name: str, **settings: Any) -> Source:
     if name not in _TASKS:
         raise ValueError(_unknown("task", name, names()))
     task = _TASKS[name]
-    allowed = sorted(field.name for field in dataclasses.fields(task))
+    allowed = sorted(field.name for field in dataclasses.fields(task))  # type: ignore[arg-type]
     for given in settings:
         if given not in allowed:
             raise ValueError(f"{name}: {_unknown('setting', given, allowed)}")
