@@ -91,6 +91,7 @@ class Passkey(Source):
     """
 
     name: ClassVar[str] = "passkey"
+    eval_examples: ClassVar[int] = 400
 
     length: int = 512
     template: str = "short"

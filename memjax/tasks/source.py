@@ -17,12 +17,16 @@ class Source:
     """A task's frozen dataclass derives from it and has `length`, `seed` and `split` among its
     fields.
 
-    An example has arrays [length]: inputs, targets, mask and distance, and bool ones that mark
-    groups of scored positions; integers [] are facts of the whole row. `show` tells a person what
-    is in it; a task whose rows need more words overrides it.
+    An example has arrays [length]: inputs (of vector inputs [length, features]), targets, mask,
+    and where they mean something distance (tokens since the answer was shown), oracle (float32,
+    nats of the best prediction that is possible) and bool ones that mark groups of scored
+    positions; integers [] are facts of the whole row. `show` tells a person what is in it; a task
+    whose rows need more words overrides it.
     """
 
     name: ClassVar[str]
+    # Examples that are held out, unless a config says otherwise.
+    eval_examples: ClassVar[int] = 3000
 
     length: Any
     seed: Any
@@ -38,12 +42,17 @@ class Source:
 
     @property
     def vocab(self) -> int:
-        """Number of tokens."""
+        """Number of tokens, or of answers where the inputs are vectors."""
         raise NotImplementedError
 
     @property
+    def features(self) -> int:
+        """Numbers at a position of `inputs`; 0 where they are tokens."""
+        return 0
+
+    @property
     def queries(self) -> int:
-        """Scored positions of a row, the same number in all."""
+        """The largest number of scored positions that a row can have."""
         raise NotImplementedError
 
     @property
