@@ -1,6 +1,7 @@
 """What every synthetic task keeps: fixed examples, random access, format, text; and draws."""
 
 import hashlib
+import math
 import os
 import pickle
 import subprocess
@@ -20,6 +21,16 @@ GOLDEN = {
     ("forgetting_mqar", "test"): "7645a7a5288601d6",
     ("compositional_mqar", "train"): "f202ba001e0a72d4",
     ("compositional_mqar", "test"): "bc398ec14ce75d68",
+    ("associative_recall", "train"): "35c0b5012f2dc6cb",
+    ("associative_recall", "test"): "6c1e031dd5df1685",
+    ("joint_recall", "train"): "fdf08c2e5f05ca2b",
+    ("joint_recall", "test"): "8225dbfefad35f4d",
+    ("mixture", "train"): "76afd20850124fb8",
+    ("mixture", "test"): "19c2158889bdf1b0",
+    ("stacked_mqar", "train"): "7e443f4236c37337",
+    ("stacked_mqar", "test"): "78defd923f500059",
+    ("treecall", "train"): "3044ce502632c3a4",
+    ("treecall", "test"): "95e672671ba061fe",
     ("passkey", "train"): "82c0c61fe4ab0f44",
     ("passkey", "test"): "0ce75bbdde4e29f6",
 }
@@ -117,13 +128,16 @@ def test_format_of_an_example(name):
         example = source[index]
         assert example.keys() == keys
         for key, array in example.items():
-            assert array.shape == ((source.length,) if array.ndim else ())
-            assert array.dtype == (np.int32 if key in OF_TOKENS or not array.ndim else np.bool_)
+            vectors = key == "inputs" and source.features
+            shape = (source.length, source.features) if vectors else (source.length,)
+            assert array.shape == (shape if array.ndim else ())
+            kind = np.int32 if key in OF_TOKENS or not array.ndim else np.bool_
+            assert array.dtype == (np.float32 if vectors else kind), key
         mask = example["mask"]
         assert 1 <= mask.sum() <= source.queries
         for key in keys - {"inputs", "mask"}:
             assert not example[key].ndim or not example[key][~mask].any(), key
-        for key in ("inputs", "targets"):
+        for key in ("targets",) if source.features else ("inputs", "targets"):
             assert example[key].min() >= 0 and example[key].max() < source.vocab
 
 
@@ -131,7 +145,7 @@ def test_format_of_an_example(name):
 def test_show_of_every_task(name):
     source = tasks.make(name, **SMALL.get(name, {}))
     text = command.show(source, 3)
-    assert text.startswith(f"{name}, example 3 of 2**31: length={source.length}, ")
+    assert text.startswith(f"{name}, example 3 of 2**31: ")
     assert text.count("\n") >= 3
 
 
@@ -163,6 +177,32 @@ def test_weighted_subset_has_the_law_of_successive_draws():
     assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
 
 
+def test_permutations_are_uniform_and_independent():
+    counts = np.zeros((6, 6))
+    for index in range(3600):
+        made = draws.permutations(draws.bits(0, "test", index, 0), (2, 3))
+        first, second = made @ [9, 3, 1]
+        counts[[5, 7, 11, 15, 19, 21].index(first), [5, 7, 11, 15, 19, 21].index(second)] += 1
+    assert ((counts - 100) ** 2 / 100).sum() < 66.7  # 35 degrees of freedom, p = 0.001
+    assert draws.permutations(draws.bits(0, "test", 0, 1), 0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "draw, law",
+    [
+        (draws.uniforms, lambda x: x),
+        (draws.exponentials, lambda x: -np.expm1(-x)),
+        (draws.normals, lambda x: np.vectorize(math.erfc)(-x / np.sqrt(2)) / 2),
+    ],
+)
+def test_distribution_of_numbers(draw, law):
+    """The largest distance between the distribution functions (Kolmogorov and Smirnov)."""
+    drawn = draw(draws.bits(0, "test", 0, 0), (50, 400))
+    assert drawn.shape == (50, 400) and np.isfinite(drawn).all()
+    place = law(np.sort(drawn.ravel()))
+    assert np.abs(place - (np.arange(20000) + 0.5) / 20000).max() < 1.95 / np.sqrt(20000)  # .001
+
+
 def test_draws_refuse_more_items_than_there_are():
     source = draws.bits(0, "test", 0, 0)
     with pytest.raises(ValueError, match="5 different items out of 4"):
@@ -177,6 +217,13 @@ def test_draws_refuse_more_items_than_there_are():
 def run_command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["memjax.tasks", *arguments])
     command.main()
+
+
+def test_settings_stand_anywhere(monkeypatch, capsys):
+    run_command(monkeypatch, "pairs=2", "--show=mqar", "noise=False", "--index=3", "split=test")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "example 3 of" in first and "pairs=2" in first and "noise=False, " in first
+    assert "split='test'" in first
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What all tasks share: checks of settings, random access, and the words of a draw."""
 
+import ast
 import dataclasses
 import operator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -11,6 +12,20 @@ from memjax.tasks import draws
 SPLITS = ("train", "test")
 
 Example = dict[str, np.ndarray]
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """The name and value in "pairs=4". A value that is no Python literal is text.
+
+    Raises ValueError without "=".
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r}: expected SETTING=VALUE, such as pairs=4")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
 
 
 class Source:
@@ -83,8 +98,10 @@ class Source:
             )
         lines += ["", "row (queries in brackets; the answer comes next, and is not in the row)"]
         words = [f"[{t}]" if m else f"{t} " for t, m in zip(inputs, mask, strict=True)]
+        words = words[: np.flatnonzero(inputs).max(initial=0) + 1]  # without zeros that fill it up
         return lines + [
-            "".join(f"{w:>7}" for w in words[i : i + 12]) for i in range(0, len(words), 12)
+            "".join(f"{word:>7}" for word in words[start : start + 12])
+            for start in range(0, len(words), 12)
         ]
 
     def _check_type(self, name: str, default: object) -> None:
@@ -96,7 +113,7 @@ class Source:
                 f"{kind.__name__}, such as {default!r}"
             )
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> NoReturn:
         raise ValueError(f"{self.name}: {reason}")
 
     def _bits(self, index: int, field: int) -> np.random.Philox:
