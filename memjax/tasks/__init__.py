@@ -11,11 +11,29 @@ import dataclasses
 import difflib
 from typing import Any
 
-from memjax.tasks.mqar import MQAR, ForgettingMQAR
+from memjax.tasks.associative_recall import AssociativeRecall
+from memjax.tasks.joint_recall import JointRecall
+from memjax.tasks.mixture import Mixture
+from memjax.tasks.mqar import MQAR, CompositionalMQAR, ForgettingMQAR
 from memjax.tasks.passkey import Passkey
 from memjax.tasks.source import Source
+from memjax.tasks.stacked_mqar import StackedMQAR
+from memjax.tasks.treecall import Treecall
 
-_TASKS = {task.name: task for task in (MQAR, ForgettingMQAR, Passkey)}
+_TASKS: dict[str, type[Any]] = {
+    task.name: task
+    for task in (
+        MQAR,
+        ForgettingMQAR,
+        CompositionalMQAR,
+        StackedMQAR,
+        JointRecall,
+        AssociativeRecall,
+        Treecall,
+        Passkey,
+        Mixture,
+    )
+}
 
 
 def names() -> list[str]:

@@ -165,6 +165,22 @@ class Passkey(Source):
             "depth": depth,
         }
 
+    def show(self, example: Example) -> list[str]:
+        """The text of a row with its last digit, without the spaces in front."""
+        shown = [*example["inputs"][1:], example["targets"][-1]]
+        text = bytes(token - OFFSET for token in shown).decode()
+        begin = text.lstrip(" ")
+        return [
+            f"haystack  {self.lines} lines of {len(LINE)} bytes",
+            f"padding   {len(text) - len(begin)} spaces",
+            f"depth     {example['depth']} %",
+            f"distance  {example['distance'][-1]} tokens",
+            f"scored    {example['mask'].sum()} of {self.length} positions",
+            f"answer    {text[-DIGITS:]}",
+            "",
+            begin,
+        ]
+
     def _depth(self, index: int) -> np.ndarray:
         """Of the needle in the haystack in per cent, int32[]."""
         if self.split == "test":
