@@ -109,3 +109,20 @@ def test_show_prints_the_text(monkeypatch, capsys):
     assert shown.endswith(text.lstrip(" ") + "\n") and f"answer    {text[-7:]}\n" in shown
     assert f"depth     {example['depth']} %" in shown and "haystack  7 lines" in shown
     assert f"distance  {example['distance'][-1]} tokens" in shown
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(length=177), "haystack takes 178 bytes, .* use length=178 or more"),
+        (dict(template="long"), "template='long' .* short, ruler"),
+        (dict(distractors=-1), "distractors=-1 .* 0 or more"),
+        (dict(every_byte=1), "every_byte=1 has the type int"),
+        (dict(split="valid"), "split='valid' .* train, test"),
+        (dict(vocab=259), "unknown setting 'vocab'"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        tasks.make("passkey", **settings)
+    assert "\n" not in str(caught.value)

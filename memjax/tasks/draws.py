@@ -33,10 +33,33 @@ def bits(seed: int, stream: str, index: int, field: int) -> np.random.Philox:
     return np.random.Philox(key=key, counter=np.array([0, 0, index, field], np.uint64))
 
 
-def uniform_ints(source: np.random.Philox, n: int, size: int) -> np.ndarray:
-    """`size` independent integers, uniform over 0..n-1: floor(n * u). int64[size], n < 2**53."""
-    u = (source.random_raw(size) >> np.uint64(11)) * 2.0**-53
-    return (n * u).astype(np.int64)
+def uniforms(source: np.random.Philox, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent numbers, uniform over [0, 1). float64[size]."""
+    return (source.random_raw(size) >> np.uint64(11)) * 2.0**-53
+
+
+def uniform_ints(source: np.random.Philox, n: int, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent integers, uniform over 0..n-1: floor(n * u). int64[size], n < 2**53."""
+    return (n * uniforms(source, size)).astype(np.int64)
+
+
+def exponentials(source: np.random.Philox, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent numbers of mean 1: -log u. float64[size], at least 0.
+
+    Divided by their sum they have the law Dirichlet(1, .., 1).
+    """
+    return -np.log(((source.random_raw(size) >> np.uint64(11)) + 0.5) * 2.0**-53)
+
+
+def normals(source: np.random.Philox, size: tuple[int, ...]) -> np.ndarray:
+    """Independent standard normal numbers by Box and Muller. float64[size]."""
+    radius = np.sqrt(2 * exponentials(source, size))
+    return radius * np.cos(2 * np.pi * uniforms(source, size))
+
+
+def permutations(source: np.random.Philox, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent permutations of 0..n-1, n the last of `size`, all equally likely. int64[size]."""
+    return np.argsort(uniforms(source, size), axis=-1, kind="stable")
 
 
 def subset(source: np.random.Philox, n: int, k: int) -> np.ndarray:
@@ -67,7 +90,6 @@ def weighted_subset(source: np.random.Philox, log_weights: np.ndarray, k: int) -
     """
     if k > len(log_weights):
         raise ValueError(f"cannot take {k} different items out of {len(log_weights)}")
-    u = ((source.random_raw(len(log_weights)) >> np.uint64(11)) + 0.5) * 2.0**-53
     with np.errstate(divide="ignore"):  # the largest word rounds to u = 1, which comes first
-        scores = log_weights - np.log(-np.log(u))
+        scores = log_weights - np.log(exponentials(source, len(log_weights)))
     return np.argsort(-scores, kind="stable")[:k]
