@@ -129,8 +129,8 @@ def restored(model: LanguageModel, params: PyTree, rows: Mapping[str, np.ndarray
 # ---------------------------------------------------------------- what is shown
 
 
-def draw_cells(found: Mapping[str, Any], path: str, title: str) -> None:
-    """A PNG: a line for each cell, one for cells that answer alike, closed forms as crosses."""
+def draw_cells(found: Mapping[str, Any], title: str) -> Figure:
+    """A line for each cell, one for cells that answer alike, closed forms as crosses."""
     alike: dict[tuple, list[str]] = {}
     for name, figures in found.items():
         key = tuple(round(row["error"], 4) for row in figures["capacity"])
@@ -167,11 +167,11 @@ def draw_cells(found: Mapping[str, Any], path: str, title: str) -> None:
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize=8, labelspacing=0.8)
     figure.suptitle(f"{title}; crosses: closed form")
-    FigureCanvasAgg(figure).print_png(path)
+    return figure
 
 
-def draw_layers(found: Mapping[str, Any], path: str, title: str) -> None:
-    """A PNG: norms, rank and fidelity of each memory, and a map of what restores an answer."""
+def draw_layers(found: Mapping[str, Any], title: str) -> Figure:
+    """Norms, rank and fidelity of each memory, and a map of what restores an answer."""
     maps = found.get("intervention", [])
     figure = Figure(figsize=(16, 8 if maps else 4), dpi=110, layout="constrained")
     grid = figure.subplots(2 if maps else 1, 4, squeeze=False)
@@ -198,7 +198,7 @@ def draw_layers(found: Mapping[str, Any], path: str, title: str) -> None:
     for axes in grid[1][len(maps) :] if maps else ():
         axes.set_axis_off()
     figure.suptitle(title)
-    FigureCanvasAgg(figure).print_png(path)
+    return figure
 
 
 # ---------------------------------------------------------------- the command
@@ -216,7 +216,8 @@ def define_flags() -> None:
         ("pairs", "of the longest list"),
     ):
         flags.DEFINE_integer(name, getattr(study, name), text, lower_bound=2)
-    flags.DEFINE_float("keep", 1.0, "factor per write of cells that fade", 0.0, 1.0)
+    flags.DEFINE_float("keep", study.keep, "factor per write of cells that fade", 0.0, 1.0)
+    flags.DEFINE_float("strength", study.strength, "of rates, within their ranges", 0.0, 1.0)
     flags.DEFINE_string("out", "", "file for the figures, *.json; a PNG beside it")
 
 
@@ -228,16 +229,17 @@ def chosen(given: flags.FlagValues, rest: Sequence[str]) -> tuple[list[str], rec
         raise config.UserError(
             "expected --cells=all, --cells=NAME,NAME or --workdir=FOLDER, one of them"
         )
-    if not given.keep:
-        raise config.UserError("--keep=0.0: expected a factor above 0, at most 1")
+    if not given.keep or not given.strength:
+        raise config.UserError(
+            f"--keep={given.keep}, --strength={given.strength}: expected numbers above 0, at most 1"
+        )
     with config.user_errors("--cells"):
         names = [cells.get(name).name for name in given.cells if name != "all"]
     if "all" in given.cells:
         names = cells.names()
     with config.user_errors(f"--pairs={given.pairs}"):
-        return names, recall.Study(
-            dim=given.dim, seeds=given.seeds, pairs=given.pairs, keep=given.keep
-        )
+        settings = ("dim", "seeds", "pairs", "keep", "strength")
+        return names, recall.Study(**{name: getattr(given, name) for name in settings})
 
 
 @config.exit_on_user_error
@@ -256,7 +258,7 @@ def main(argv: Sequence[str]) -> None:
         if given.workdir:
             found = checkpoint(given.workdir, given.step)
             metrics.write_json(out, found)
-            draw_layers(found, picture, f"{given.workdir}, step {found['step']}")
+            figure = draw_layers(found, f"{given.workdir}, step {found['step']}")
         else:
             about = {"memjax": memjax.__version__, "jax": jax.__version__}
             about |= {"device": jax.devices()[0].device_kind, **dataclasses.asdict(study)}
@@ -265,7 +267,8 @@ def main(argv: Sequence[str]) -> None:
                 metrics.write_json(out, {**about, "cells": cells_so_far})
 
             found = untrained(names, study, keep)
-            draw_cells(found, picture, f"untrained, d = {study.dim}, {study.seeds} seeds")
+            figure = draw_cells(found, f"untrained, d = {study.dim}, {study.seeds} seeds")
+        FigureCanvasAgg(figure).print_png(picture)
     print(f"figures: {out}\nplot:    {picture}")
 
 

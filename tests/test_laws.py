@@ -334,7 +334,8 @@ def test_every_cell_stores_a_plain_pair():
     for name in cells.names():
         cell = workload.make_cell(cells.get(name), workload.Shape(dim=8))
         keys, values = drawn(64, 1, dim=8)
-        assert pairs.gain(cell, cell.init_params(jax.random.key(0), 1), keys, values) > 0.01, name
+        pair, params = pairs.tokens(cell, keys, values), cell.init_params(jax.random.key(0), 1)
+        assert pairs.gain(cell, params, pair, values) > 0.01, name
 
 
 def test_gated_delta_net_is_tested_with_what_it_forgets():

@@ -14,6 +14,7 @@ from absl import flags
 import memjax
 from memjax import cells, config, inputs, probe, train
 from memjax.cells.delta_net import DeltaNet
+from memjax.cells.delta_product import DeltaProduct
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.sliding_window import SlidingWindow
 from memjax.nn.lm import LanguageModel
@@ -172,13 +173,25 @@ def test_parts_of_a_list_add_up(measured):
 
 
 def test_no_law_where_none_is_known():
-    assert recall.closed_form(LinearAttention(4, 4, feature_map="silu_l2"), 1.0) is None
-    assert recall.closed_form(cells.get("lattice").cell(), 1.0) is None
-    assert recall.closed_form(cells.get("kda").cell(), 0.9) is None
-    faded = recall.closed_form(cells.get("gla").cell(), 0.9)
-    assert faded(16, 3, 8) == laws.decay_error(0.9, 16, 3, 8)
-    kept = recall.closed_form(cells.get("linear_attention").cell(), 0.9)
-    assert kept(16, 3, 8) == laws.hebbian_error(16, 8)
+    plain, faded, half = (recall.Study(**x) for x in ({}, {"keep": 0.9}, {"strength": 0.5}))
+    known = recall.closed_form
+    assert known(LinearAttention(4, 4, feature_map="silu_l2"), plain) is None
+    assert known(cells.get("lattice").cell(), plain) is None
+    assert known(cells.get("kda").cell(), faded) is None
+    assert known(cells.get("dplr").cell(), half) is None
+    gla, linear = cells.get("gla").cell(), cells.get("linear_attention").cell()
+    assert known(gla, faded)(16, 3, 8) == laws.decay_error(0.9, 16, 3, 8)
+    assert known(linear, faded)(16, 3, 8) == laws.hebbian_error(16, 8)
+
+
+def test_a_weak_delta_rule_against_its_law():
+    """In units of the gain; two micro-steps of a half are one of three quarters."""
+    study = recall.Study(dim=16, seeds=24, pairs=64, every=16, keys=16, strength=0.5)
+    lists = recall.draw(study)
+    for cell in (DeltaNet(16, 16), DeltaProduct(16, 16)):
+        for row in recall.measure(cell, study, lists)["capacity"]:
+            bound = max(0.03 * row["theory"], 3 * row["error_sd"] / study.seeds**0.5)
+            assert abs(row["error"] - row["theory"]) < bound
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -363,7 +376,7 @@ def test_the_command_opens_a_model_of_text(command, tmp_path_factory, tmp_path):
         (["--cells=all", "--workdir=x"], "expected --cells=all"),
         (["--workdir=/nowhere/run"], "/nowhere/run"),
         (["--cells=delta_net", "--pairs=33"], "--pairs=33: Study: keys must divide"),
-        (["--cells=delta_net", "--keep=0"], "--keep=0.0"),
+        (["--cells=delta_net", "--keep=0"], "--keep=0.0, --strength=1.0: expected numbers"),
         (["--cells=delta_net", "--out=/nowhere/x.json"], "/nowhere/x.json"),
         (["--cells=delta_net", "--out=x.png"], "expected a file *.json"),
         (["delta_net"], "'delta_net' is no flag"),

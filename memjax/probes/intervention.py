@@ -23,7 +23,7 @@ from memjax.nn.lm import LanguageModel
 from memjax.probes.layers import unrolled
 from memjax.typing import Array, Float, Int, PyTree
 
-COMPONENTS = ("mixer input", "mixer output", "block input", "block output")
+COMPONENTS = ("block input", "mixer input", "mixer output", "block output")  # as they come
 
 
 class Query(NamedTuple):

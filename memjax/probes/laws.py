@@ -76,6 +76,12 @@ def delta_square(beta: float, pairs: Number, dim: int) -> Number:
     return dim * beta / (2 - beta) * (1 - (1 - beta * (2 - beta) / dim) ** pairs)
 
 
+def rescaled_error(error: Number, signal: Number, gain: float) -> Number:
+    """E ||answer / gain - value||^2, of the error and the signal v . answer of the answer itself:
+    ||answer||^2 is error - 1 + 2 signal."""
+    return 1 - 2 * signal / gain + (error - 1 + 2 * signal) / gain**2
+
+
 def delta_half(key_dim: int, value_dim: int, candidates: int) -> float:
     """(d / 2) ln(1 + V / (2 ln candidates)): with beta = 1 only so many of the last pairs are named
     right more often than not. At age a the signal is e^(-a/d), and the crosstalk of a memory that

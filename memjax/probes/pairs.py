@@ -117,14 +117,9 @@ def ask(cell: MemoryCell, params: PyTree, states: PyTree, questions: Any) -> Arr
     return jax.lax.map(one, states)
 
 
-def gain(
-    cell: MemoryCell,
-    params: PyTree,
-    keys: Float[np.ndarray, "B 1 K"],
-    values: Float[np.ndarray, "B 1 V"],
-) -> float:
-    """The mean of v . answer to a unit pair that is alone in the memory, over B pairs. In units of
-    it the answers of all cells, whatever scale and step they have, can be compared."""
-    token = tokens(cell, keys, values)
-    answers, _ = recall(cell, params, token, token)
+def gain(cell: MemoryCell, params: PyTree, pair: Any, values: Float[np.ndarray, "B 1 V"]) -> float:
+    """The mean of v . answer to a pair of unit vectors that is alone in the memory, over B of them,
+    given as inputs of one token. In units of it the answers of all cells, whatever scale and step
+    they have, can be compared."""
+    answers, _ = recall(cell, params, pair, pair)
     return float(jnp.mean(jnp.sum(answers * values, axis=-1)))

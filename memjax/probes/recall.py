@@ -55,8 +55,8 @@ def scores(
 class Study:
     """What `probe` measures on. dim: K = V. seeds: lists. pairs: of the longest list. every: writes
     between two times of asking. keys: of the list whose keys are bound again, and of the first
-    context of interference. distractors: values that are never stored. keep: factor per write of
-    what fades. seed: of the draws."""
+    context of interference. distractors: values that are never stored. keep, strength: of what
+    fades and of rates, see `pairs.tokens`. seed: of the draws."""
 
     dim: int = 64
     seeds: int = 8
@@ -65,6 +65,7 @@ class Study:
     keys: int = 32
     distractors: int = 4096
     keep: float = 1.0
+    strength: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -114,12 +115,13 @@ def answer(cell: MemoryCell, study: Study, lists: Lists) -> Answers:
     """Writes the lists and asks for all keys after every few writes."""
     seeds = study.seeds
     params = cell.init_params(jax.random.key(study.seed), 1)
-    xs = pairs.tokens(cell, lists.keys, lists.values, keep=study.keep)
+    xs = pairs.tokens(cell, lists.keys, lists.values, keep=study.keep, strength=study.strength)
     norm, write, held = states.timeline(cell, params, xs, study.every)
-    gain = pairs.gain(cell, params, lists.keys[:, :1], lists.values[:, :1])
+    first = jax.tree.map(lambda a: a[:, :1], xs)
+    gain = pairs.gain(cell, params, first, lists.values[:, :1])
     y = np.asarray(pairs.ask(cell, params, held, xs))[..., 0, :] / gain
-    first = jax.tree.map(lambda a: a[:, :seeds], held)
-    rank = states.effective_rank(states.read_map(cell, params, first)[:, :, 0])
+    different = jax.tree.map(lambda a: a[:, :seeds], held)
+    rank = states.effective_rank(states.read_map(cell, params, different)[:, :, 0])
     after = {study.every * (i + 1): given for i, given in enumerate(y)}
     norm, write = (np.asarray(a)[:, :seeds, 0] for a in (norm, write))
     return Answers(after, norm, write, rank, gain)
@@ -234,19 +236,29 @@ def over_time(answers: Answers, study: Study) -> list[dict]:
 # ---------------------------------------------------------------- with the laws beside
 
 
-def closed_form(cell: MemoryCell, keep: float) -> Callable[..., laws.Number] | None:
-    """The error of `cell` given plain inputs, as a function (N, age, d); None where no law is
+def closed_form(cell: MemoryCell, study: Study) -> Callable[..., laws.Number] | None:
+    """The error of answers in units of the gain, as a function (N, age, d); None where no law is
     known. Linear memories without a feature map add up, or follow the delta rule."""
     if not isinstance(cell, MatrixMemory) or getattr(cell, "feature_map", "identity") != "identity":
         return None
     one = np.zeros((1, 1, cell.key_dim)), np.zeros((1, 1, cell.value_dim))
     terms = cell.terms(pairs.tokens(cell, *one))
-    fades = keep < 1 and any(field.kind == "log_decay" for field in fields(cell.inputs).values())
+    fades = study.keep < 1 and any(
+        field.kind == "log_decay" for field in fields(cell.inputs).values()
+    )
     if terms.beta is None and terms.a is None:
         if fades:
-            return functools.partial(laws.decay_error, keep)
+            return functools.partial(laws.decay_error, study.keep)
         return lambda number, age, dim: laws.hebbian_error(number, dim) + 0.0 * age
-    return None if fades else functools.partial(laws.delta_error, 1.0)
+    if fades or (terms.beta is None and study.strength != 1):
+        return None
+    beta = 1 - (1 - study.strength) ** getattr(cell, "steps", 1)  # of all micro-steps together
+
+    def error(number, age, dim):
+        own = laws.delta_error(beta, number, age, dim)
+        return laws.rescaled_error(own, laws.delta_signal(beta, age, dim), beta)
+
+    return error
 
 
 def measure(cell: MemoryCell, study: Study, lists: Lists) -> dict[str, Any]:
@@ -257,7 +269,7 @@ def measure(cell: MemoryCell, study: Study, lists: Lists) -> dict[str, Any]:
         probe.__name__: probe(found, study, lists)
         for probe in (capacity, by_position, by_age, overwrite, interference)
     }
-    law = closed_form(cell, study.keep)
+    law = closed_form(cell, study)
     if law is not None:
         for row in rows["capacity"]:
             row["theory"] = float(np.mean(law(row["pairs"], np.arange(row["pairs"]), study.dim)))
