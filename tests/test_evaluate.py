@@ -1,5 +1,6 @@
 """Held-out figures taken apart: against the training run's own, and against plain loops."""
 
+import functools
 import json
 import math
 import shutil
@@ -7,9 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import tiny_runs as runs
-from absl import flags
 
-from memjax import config, evaluate, metrics, train
+from memjax import evaluate, metrics, train
 from memjax.errors import UserError
 
 compiled_once = runs.compiled_once
@@ -173,20 +173,7 @@ def test_consecutive_positions_against_a_loop():
 @pytest.fixture
 def command(capsys):
     """Runs the command: (exit code, stdout, stderr)."""
-    before = set(flags.FLAGS)
-    evaluate.define_flags()
-
-    def run(*args):
-        capsys.readouterr()
-        try:
-            code = evaluate.main(config.parse_flags(["evaluate", *args], config=False)) or 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    yield run
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    return functools.partial(runs.called, evaluate, capsys)
 
 
 def test_the_command_writes_a_table_figures_and_a_plot(command, workdir, recall, tmp_path):

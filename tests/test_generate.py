@@ -11,9 +11,8 @@ import models
 import numpy as np
 import pytest
 import tiny_runs as runs
-from absl import flags
 
-from memjax import config, generate
+from memjax import generate
 from memjax.data import tokens
 from memjax.nn.lm import LanguageModel, ModelConfig
 
@@ -54,22 +53,8 @@ def gaps(model, drawn, rank=1):
 
 @pytest.fixture
 def command(capfd):
-    """Runs generate's `main` on a command line: (exit code, stdout, stderr)."""
-    before = set(flags.FLAGS)
-    generate.define_flags()
-
-    def run(*args):
-        capfd.readouterr()
-        flags.FLAGS["prompt"].unparse()  # or one run's prompts would be added to the next one's
-        try:
-            code = generate.main(config.parse_flags(["generate", *args], config=False)) or 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    yield run
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    """Runs the command: (exit code, stdout, stderr)."""
+    return functools.partial(runs.called, generate, capfd)
 
 
 # ---------------------------------------------------------------- what is drawn

@@ -25,6 +25,7 @@ from memjax.wrappers.mixture_of_memories import MixtureOfMemories
 SEEDS = 24
 DIM = 32
 FORMS = ("scan", "chunked")
+SLOWER = ("scan", pytest.param("chunked", marks=pytest.mark.slow))
 GROUPED_BY = "form"  # tests of one form share what is compiled
 
 
@@ -114,7 +115,7 @@ DELTAS = ("comba", "delta_product", "dplr", "gated_delta_net", "kda", "rwkv7")
 SUMS = ("gla", "mamba2", "retnet", "simple_gla")
 
 
-@pytest.mark.parametrize("form", ["scan", pytest.param("chunked", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", SLOWER)
 @pytest.mark.parametrize(
     ("names", "plainest"), [(DELTAS, DeltaNet(8, 6)), (SUMS, LinearAttention(8, 6))]
 )
@@ -129,7 +130,7 @@ def test_plain_inputs_make_one_rule_of_a_family(form, names, plainest):
         np.testing.assert_allclose(y, expected, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SLOWER)
 def test_a_learner_that_takes_one_step_per_pair_is_the_delta_rule(form):
     """A matrix from zero, chunks of one token, no momentum: step 2 theta = beta."""
     keys, values = drawn(2, 48)
@@ -139,7 +140,7 @@ def test_a_learner_that_takes_one_step_per_pair_is_the_delta_rule(form):
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SLOWER)
 def test_orthogonal_keys_are_exact(form):
     values = drawn(2, DIM)[1]
     keys = np.linalg.qr(np.random.default_rng(1).normal(size=(2, DIM, DIM)))[0].astype(np.float32)
@@ -155,7 +156,7 @@ def test_what_is_named_right():
     assert 240 < half < 250
     rules = {"sum": LinearAttention(dim, dim, scale=1.0), "delta": DeltaNet(dim, dim, scale=1.0)}
     right, error = {}, {}
-    for number in (32, 128, round(half), 2 * round(half)):
+    for number in (32, 128, round(half)):
         keys, values = drawn(4, number, dim)
         for rule, cell in rules.items():
             y = answers(cell, "chunked", keys, values)
@@ -167,7 +168,6 @@ def test_what_is_named_right():
                 assert named(y[:, -recent // 2 :], values[:, -recent // 2 :], more) > 0.75
                 assert named(y[:, : -2 * recent], values[:, : -2 * recent], more) < 0.25
     assert right["sum", 128] > 0.9 and 0.4 < right["sum", round(half)] < 0.65
-    assert right["sum", 2 * round(half)] < 0.3
     for number in (32, 128, round(half)):
         assert error["delta", number] < error["sum", number]
     assert right["delta", 32] > 0.95 and right["delta", 128] < right["sum", 128] - 0.3
@@ -224,7 +224,7 @@ def test_overwrite(form):
     assert newer["delta"] > 0.95
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SLOWER)
 def test_the_square_of_the_product(form):
     """The features k k^T, whose products are (k . k')^2, in linear attention."""
     dim, number = 16, 64
@@ -235,7 +235,7 @@ def test_the_square_of_the_product(form):
     close(squared(y, values), laws.square_error(number, dim))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SLOWER)
 def test_softmax_with_a_sharp_temperature_is_exact(form):
     """At inverse temperature b the other pairs have the weight w <= sum exp(b (k . k' - 1)), and
     the error is below (2 w)^2 (Ramsauer et al. 2020, arXiv 2008.02217)."""
@@ -249,7 +249,7 @@ def test_softmax_with_a_sharp_temperature_is_exact(form):
     assert (error <= np.square(2 * others) + 1e-10).all() and error.mean() < 1e-4
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SLOWER)
 def test_segments_with_an_oracle(form):
     """Memory Caching whose gate, and a mixture of memories whose router, know where a pair is."""
     number, segments, inner = 128, 4, LinearAttention(DIM, DIM, scale=1.0)
@@ -266,7 +266,7 @@ def test_segments_with_an_oracle(form):
     close(squared(answers(cached, form, keys, values, ask=oracle), values), theory)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SLOWER)
 def test_parity(form):
     """k = 1, beta = 2 for a one: each flips the sign of a state of 1 (Grazzi et al. 2024, arXiv
     2411.12537); with beta = 1 it is erased."""
@@ -295,7 +295,7 @@ def reflections(permutation):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SLOWER)
 def test_permutations_of_five(form, dtype):
     """Each element of S5 is at most 4 transpositions, each a Householder matrix with k = (e_i -
     e_j) / sqrt(2), beta = 2 (Siems et al. 2025, arXiv 2502.10297): all prefixes of a word are

@@ -1,5 +1,6 @@
 """The command that trains what an experiment lists, and the tables of its rows."""
 
+import functools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 import time
 
 import pytest
-from absl import flags
+import tiny_runs as runs
 
 from memjax import config, results, sweep
 
@@ -66,20 +67,7 @@ def file(tmp_path, monkeypatch):
 @pytest.fixture
 def command(capsys):
     """Runs the command: (exit code, stdout, stderr)."""
-
-    def run(*args):
-        before = set(flags.FLAGS)
-        sweep.define_flags()
-        capsys.readouterr()
-        try:
-            code = sweep.main(config.parse_flags(["sweep", *args], config=False)) or 0
-        except SystemExit as end:
-            code = end.code
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
-        return code, *capsys.readouterr()
-
-    return run
+    return functools.partial(runs.called, sweep, capsys)
 
 
 def made(file):

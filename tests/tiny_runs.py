@@ -8,6 +8,7 @@ import sys
 
 import jax
 import pytest
+from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
 from memjax import config, train
@@ -116,6 +117,24 @@ def command(module: str, *args: str, cache=None, **variables) -> subprocess.Pope
         env=environment,
         cwd=ROOT,
     )
+
+
+def called(module, capture, *args: str) -> tuple[int, str, str]:
+    """Runs the `main` of a command in this process: (exit code, stdout, stderr).
+
+    capture: pytest's capsys or capfd.
+    """
+    before = set(flags.FLAGS)
+    module.define_flags()
+    capture.readouterr()
+    try:
+        code = module.main(config.parse_flags([module.__name__, *args], config=False)) or 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+    return code, *capture.readouterr()
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
