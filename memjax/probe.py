@@ -185,7 +185,8 @@ def draw_layers(found: Mapping[str, Any], title: str) -> Figure:
             axes.plot([r[x] for r in rows], [r[y] for r in rows], ".-", label=memory["name"])
         axes.set(xlabel=x, ylabel=y)
         axes.set_xscale("log", base=2)
-    grid[0][0].legend(fontsize=8)
+    if found["memories"]:
+        grid[0][0].legend(fontsize=8)
     for axes, each in zip(grid[-1], maps, strict=False):
         places = list(dict.fromkeys(row["position"] for row in each["rows"]))
         table = np.array([row["probability"] for row in each["rows"]]).reshape(-1, len(places))

@@ -236,6 +236,24 @@ def test_what_is_captured_leaves_the_same_state():
     assert across.shape == (2,) and across[0] == pytest.approx(angles.mean(), abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("mac", 0), ("window_exit", 2), ("bmojo", 4), ("nested", 3), ("sambay", 3)]
+    + [("memory_caching", 1), ("mixture_of_memories", 1), ("rwkv7_channel", 2), ("titans", 1)],
+)
+def test_models_of_every_kind_are_opened(name, number):
+    """In bfloat16, with a document that begins inside of a row."""
+    shell = LanguageModel(models.config(name, dtype="bfloat16"))
+    reset, _ = models.masks(12, reset=(4,))
+    found = probe.opened(shell, models.initialise(shell), models.text(length=12), reset)
+    assert len(found["memories"]) == number
+    assert len(found["across_layers"]) == shell.config.depth - 1
+    for memory in found["memories"]:
+        assert all(np.isfinite([*row.values()]).all() for row in memory["over_time"])
+        assert all(abs(row["cosine"]) <= 1 + 1e-6 for row in memory["fidelity"])
+
+
 def recall_rows():
     """Three pairs, noise and one query, in the vocabulary of the tiny models."""
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ makes, its own weights, and what the layer's mixer adds to the residual stream.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +18,8 @@ from memjax.nn.lm import LanguageModel, ModelConfig
 from memjax.nn.mixer import Mixer
 from memjax.probes import states
 from memjax.typing import Array, Bool, Float, Int, PyTree
+
+KEPT = "probe"  # the collection that is kept of a run
 
 
 class Memory(NamedTuple):
@@ -56,40 +59,45 @@ def capture(
 ) -> tuple[list[Memory], Float[np.ndarray, "layers B T D"]]:
     """(memories, what each layer's mixer gives) for these tokens.
 
-    Of a wrapper the outer cell counts; a memory whose block does not ask it in the usual way
-    (`Mixer.answers`), as hybrid's window_exit, is left out.
+    Of a wrapper the outer cell counts. A memory that its block asks in another way than
+    `Mixer.answers` (hybrid's window_exit), or window by window (mac), is left out.
     """
     config, params = unrolled(model.config, params)
     plain, cells = LanguageModel(config), dict[tuple[str, ...], MemoryCell]()
 
-    def run(params, tokens, reset):
-        found, outputs = {}, {}
+    def keep(module, name, value):  # False inside of a loop over windows
+        return module.sow(KEPT, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
-        def note(call, args, kwargs, context):
-            out, module = call(*args, **kwargs), context.module
-            path: tuple[str, ...] = module.path if module.scope is not None else ()
-            if path[:1] == ("stack",) and isinstance(module, Mixer):
-                if context.method_name == "answers":
-                    xs, _, kept, _ = out
-                    cells[path] = module.cell
-                    found["/".join(path)] = module.weights(kept), xs
-            if path[3:] == ("mixer",) and context.method_name == "__call__":
-                outputs[path[1]] = out[0]
+    def note(call, args, kwargs, context):
+        out, module = call(*args, **kwargs), context.module
+        path: tuple[str, ...] = module.path if module.scope is not None else ()
+        if path[:1] != ("stack",):
             return out
+        if isinstance(module, Mixer) and context.method_name == "answers":
+            xs, _, kept, _ = out
+            whole = xs[0].shape[:2] == tokens.shape
+            if whole and keep(module, "probed_inputs", (module.weights(kept), xs)):
+                cells[path] = module.cell
+        if path[3:] == ("mixer",) and context.method_name == "__call__":
+            keep(module, "probed_output", out[0])
+        return out
 
+    def run(params, tokens, reset):
         with nn.intercept_methods(note):
-            plain.apply({"params": params}, tokens, reset=reset, differentiate=False)
-        return found, outputs
+            _, found = plain.apply(
+                {"params": params}, tokens, reset=reset, differentiate=False, mutable=KEPT
+            )
+        return found[KEPT]
 
-    found, outputs = jax.device_get(jax.jit(run)(params, tokens, reset))
+    found = jax.tree.map(_single, jax.device_get(jax.jit(run)(params, tokens, reset)))
     memories = []
     for path, cell in cells.items():
-        weights, xs = jax.tree.map(_single, found["/".join(path)])
         layer = int(path[1].removeprefix("group_"))
         name = "/".join((f"layer_{layer}", *path[4:]))
+        weights, xs = functools.reduce(lambda tree, part: tree[part], path, found)["probed_inputs"]
         memories.append(Memory(name, layer, cell, weights, xs))
-    order = [_single(outputs[f"group_{i}"]) for i in range(config.depth)]
-    return memories, np.stack(order)
+    mixers = [found["stack"][f"group_{i}"]["layer_0"]["mixer"] for i in range(config.depth)]
+    return memories, np.stack([mixer["probed_output"] for mixer in mixers])
 
 
 def _single(leaf):
