@@ -20,6 +20,30 @@ GOLDEN = {
     ("forgetting_mqar", "test"): "aded397eec6c39c5",
     ("passkey", "train"): "82c0c61fe4ab0f44",
     ("passkey", "test"): "0ce75bbdde4e29f6",
+    ("parity", "train"): "a1de08d4796fca93",
+    ("parity", "test"): "5843d9503fa9deda",
+    ("modular_arithmetic", "train"): "81657c1a236a23d7",
+    ("modular_arithmetic", "test"): "3a5e302d4b115407",
+    ("bracket_arithmetic", "train"): "0d5ca230df77db58",
+    ("bracket_arithmetic", "test"): "1a5cc3553df91c9d",
+    ("group_words", "train"): "d195d0305878ea7e",
+    ("group_words", "test"): "b47e3b479066c159",
+    ("in_context_recall", "train"): "4dced65ab7b46941",
+    ("in_context_recall", "test"): "7b540db343a6fe95",
+    ("noisy_recall", "train"): "83264d24c2ab3c8e",
+    ("noisy_recall", "test"): "5b22caabe4f083df",
+    ("fuzzy_recall", "train"): "a4eebd9e8bd30ed2",
+    ("fuzzy_recall", "test"): "5bf28502b57cdd95",
+    ("selective_copy", "train"): "83c755fe64b877e5",
+    ("selective_copy", "test"): "a5cccd2bfc8b79eb",
+    ("compression", "train"): "0cb9ca5fa1416199",
+    ("compression", "test"): "ffe7fe762bf68533",
+    ("memorization", "train"): "d08e405bcb97531f",
+    ("memorization", "test"): "3e0dba12e2cd77a5",
+    ("piecewise", "train"): "62db4ac5f45e931c",
+    ("piecewise", "test"): "8fa6841645d324ec",
+    ("bigrams", "train"): "0e3a92acb6652926",
+    ("bigrams", "test"): "00b4d17c123747d2",
 }
 # Settings for these tests where the defaults will not do; a changed one changes GOLDEN.
 SMALL = {"mqar": {"vocab": 1024}, "forgetting_mqar": {"vocab": 1024}, "passkey": {"distractors": 2}}
@@ -116,7 +140,9 @@ def test_format_of_an_example(name):
         assert example.keys() == keys
         for key, array in example.items():
             assert array.shape == ((source.length,) if array.ndim else ())
-            assert array.dtype == (np.int32 if key in OF_TOKENS or not array.ndim else np.bool_)
+            integer = key in OF_TOKENS or not array.ndim
+            kind = np.float32 if key == "oracle" else np.int32 if integer else np.bool_
+            assert array.dtype == kind
         mask = example["mask"]
         assert 1 <= mask.sum() <= source.queries
         for key in keys - {"inputs", "mask"}:
@@ -161,12 +187,44 @@ def test_weighted_subset_has_the_law_of_successive_draws():
     assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
 
 
+def test_permutation_and_tuples_are_uniform():
+    source = draws.bits(0, "test", 0, 0)
+    orders = [tuple(draws.permutation(source, 3)) for _ in range(3000)]
+    for drawn, number in ((orders, 6), (map(tuple, draws.tuples(source, 4, 3, 6000)), 24)):
+        counts = {}
+        for items in drawn:
+            assert len(set(items)) == 3
+            counts[items] = counts.get(items, 0) + 1
+        expected = sum(counts.values()) / number
+        chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+        assert len(counts) == number and chi_square < {6: 20.5, 24: 49.7}[number]  # p = 0.001
+
+
+def test_categorical_has_its_law():
+    law = np.array([0.5, 0.0, 0.3, 0.2])
+    counts = np.bincount(draws.categorical(draws.bits(0, "test", 0, 0), np.tile(law, (5000, 1))))
+    assert counts[1] == 0 and len(counts) == 4
+    assert ((counts - 5000 * law)[[0, 2, 3]] ** 2 / (5000 * law[[0, 2, 3]])).sum() < 13.8
+
+
+def test_normals_are_normal():
+    """Shares below the quantiles at 2.3, 15.9, 50, 84.1 and 97.7 %; an odd number; independent."""
+    drawn = draws.normals(draws.bits(0, "test", 0, 0), 20001)
+    assert drawn.shape == (20001,) and np.isfinite(drawn).all()
+    law = np.array([0.02275, 0.15866, 0.5, 0.84134, 0.97725])
+    shares = (drawn[:, None] < np.arange(-2, 3)).mean(axis=0)
+    assert (np.abs(shares - law) < 4 * np.sqrt(law * (1 - law) / 20001)).all()
+    assert abs((drawn[:10000] * drawn[10000:20000]).mean()) < 4 / np.sqrt(10000)
+
+
 def test_draws_refuse_more_items_than_there_are():
     source = draws.bits(0, "test", 0, 0)
     with pytest.raises(ValueError, match="5 different items out of 4"):
         draws.subset(source, 4, 5)
     with pytest.raises(ValueError, match="5 different items out of 4"):
         draws.weighted_subset(source, np.zeros(4), 5)
+    with pytest.raises(ValueError, match="5 different items out of 4"):
+        draws.tuples(source, 4, 5, 1)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -11,11 +11,29 @@ import dataclasses
 import difflib
 from typing import Any
 
+from memjax.tasks.bigrams import Bigrams
+from memjax.tasks.formal import BracketArithmetic, ModularArithmetic, Parity
+from memjax.tasks.group_words import GroupWords
+from memjax.tasks.mad import Compression, Memorization, SelectiveCopy
+from memjax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from memjax.tasks.mqar import MQAR, ForgettingMQAR
 from memjax.tasks.passkey import Passkey
+from memjax.tasks.piecewise import Piecewise
 from memjax.tasks.source import Source
 
-_TASKS = {task.name: task for task in (MQAR, ForgettingMQAR, Passkey)}
+_TASKS = {
+    task.name: task
+    for task in (
+        *(MQAR, ForgettingMQAR),
+        Passkey,
+        *(Parity, ModularArithmetic, BracketArithmetic),
+        GroupWords,
+        *(InContextRecall, NoisyRecall, FuzzyRecall),
+        *(SelectiveCopy, Compression, Memorization),
+        Piecewise,
+        Bigrams,
+    )
+}
 
 
 def names() -> list[str]:

@@ -33,10 +33,65 @@ def bits(seed: int, stream: str, index: int, field: int) -> np.random.Philox:
     return np.random.Philox(key=key, counter=np.array([0, 0, index, field], np.uint64))
 
 
+def uniforms(source: np.random.Philox, size: int) -> np.ndarray:
+    """`size` independent numbers, uniform over [0, 1). float64[size]."""
+    return (source.random_raw(size) >> np.uint64(11)) * 2.0**-53
+
+
+def inner_uniforms(source: np.random.Philox, size: int) -> np.ndarray:
+    """As `uniforms`, for where a logarithm follows: over (0, 1], 1 once in 2**54. float64[size]."""
+    return ((source.random_raw(size) >> np.uint64(11)) + 0.5) * 2.0**-53
+
+
 def uniform_ints(source: np.random.Philox, n: int, size: int) -> np.ndarray:
     """`size` independent integers, uniform over 0..n-1: floor(n * u). int64[size], n < 2**53."""
-    u = (source.random_raw(size) >> np.uint64(11)) * 2.0**-53
-    return (n * u).astype(np.int64)
+    return (n * uniforms(source, size)).astype(np.int64)
+
+
+def permutation(source: np.random.Philox, n: int) -> np.ndarray:
+    """A permutation of 0..n-1, all of them equally likely: the order of n uniforms. int64[n]."""
+    return np.argsort(uniforms(source, n), kind="stable")
+
+
+def tuples(source: np.random.Philox, n: int, k: int, size: int) -> np.ndarray:
+    """`size` independent ordered k-subsets of 0..n-1, all equally likely. int64[size, k], k small.
+
+    The j-th member is drawn among the n - j integers that are left. ValueError when k > n.
+    """
+    if k > n:
+        raise ValueError(f"cannot take {k} different items out of {n}")
+    ranks = (np.arange(n, n - k, -1) * uniforms(source, size * k).reshape(size, k)).astype(np.int64)
+    for j in range(1, k):
+        for taken in np.sort(ranks[:, :j], axis=1).T:  # ascending: each one shifts what is above it
+            ranks[:, j] += ranks[:, j] >= taken
+    return ranks
+
+
+def categorical(source: np.random.Philox, probabilities: np.ndarray) -> np.ndarray:
+    """One draw from each row of probabilities [N, K], which sum to 1. int64[N], below K."""
+    bounds = np.cumsum(probabilities[:, :-1], axis=1)
+    return (uniforms(source, len(bounds))[:, None] >= bounds).sum(axis=1)
+
+
+def normals(source: np.random.Philox, size: int) -> np.ndarray:
+    """`size` independent standard normal numbers by Box and Muller. float64[size]."""
+    half = (size + 1) // 2
+    radius = np.sqrt(-2 * np.log(inner_uniforms(source, half)))
+    angle = 2 * np.pi * uniforms(source, half)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
+
+
+def half_dirichlet(source: np.random.Philox, k: int, size: int) -> np.ndarray:
+    """`size` draws of Dirichlet(1/2, .., 1/2), Jeffreys' prior of k symbols. float64[size, k].
+
+    Two symbols are Beta(1/2, 1/2), the law of sin**2(pi u / 2); more are squares of normals,
+    normalised.
+    """
+    if k == 2:
+        second = np.sin(np.pi / 2 * uniforms(source, size)) ** 2
+        return np.stack([1 - second, second], axis=1)
+    squares = normals(source, size * k).reshape(size, k) ** 2
+    return squares / squares.sum(axis=1, keepdims=True)
 
 
 def subset(source: np.random.Philox, n: int, k: int) -> np.ndarray:
@@ -67,7 +122,7 @@ def weighted_subset(source: np.random.Philox, log_weights: np.ndarray, k: int) -
     """
     if k > len(log_weights):
         raise ValueError(f"cannot take {k} different items out of {len(log_weights)}")
-    u = ((source.random_raw(len(log_weights)) >> np.uint64(11)) + 0.5) * 2.0**-53
+    u = inner_uniforms(source, len(log_weights))
     with np.errstate(divide="ignore"):  # the largest word rounds to u = 1, which comes first
         scores = log_weights - np.log(-np.log(u))
     return np.argsort(-scores, kind="stable")[:k]
