@@ -194,7 +194,11 @@ class Runner:
         summary = self._trained(trial, workdir)
         if summary is None:
             return None
-        row = {"config": trial.config, "changes": dict(trial.changes), "hash": trial.hash}
+        row: results.Row = {
+            "config": trial.config,
+            "changes": dict(trial.changes),
+            "hash": trial.hash,
+        }
         row |= {name: summary[name] for name in KEPT if name in summary}
         if hasattr(self.sweep.module, "keep"):
             row |= self.sweep.module.keep(_evaluated(workdir))
