@@ -38,6 +38,7 @@ def config(
             "tie": True,
             "std": 0.02,
             "dtype": "float32",
+            "features": 0,
             "remat": "none",
             **model,
         }

@@ -1,6 +1,7 @@
 """What every synthetic task keeps: fixed examples, random access, format, text; and draws."""
 
 import hashlib
+import math
 import os
 import pickle
 import subprocess
@@ -8,16 +9,29 @@ import sys
 
 import numpy as np
 import pytest
+from task_checks import chi_square
 
 from memjax import tasks
 from memjax.tasks import __main__ as command
 from memjax.tasks import draws
 
 GOLDEN = {
-    ("mqar", "train"): "327ff8b138a81326",
-    ("mqar", "test"): "7525255f912d668a",
-    ("forgetting_mqar", "train"): "74a9c25523282401",
-    ("forgetting_mqar", "test"): "aded397eec6c39c5",
+    ("mqar", "train"): "f92a664c3a72c725",
+    ("mqar", "test"): "572efcf07e8ad27e",
+    ("forgetting_mqar", "train"): "c5ac3bc219dc1a8d",
+    ("forgetting_mqar", "test"): "7645a7a5288601d6",
+    ("compositional_mqar", "train"): "f202ba001e0a72d4",
+    ("compositional_mqar", "test"): "bc398ec14ce75d68",
+    ("associative_recall", "train"): "35c0b5012f2dc6cb",
+    ("associative_recall", "test"): "6c1e031dd5df1685",
+    ("joint_recall", "train"): "fdf08c2e5f05ca2b",
+    ("joint_recall", "test"): "8225dbfefad35f4d",
+    ("mixture", "train"): "76afd20850124fb8",
+    ("mixture", "test"): "19c2158889bdf1b0",
+    ("stacked_mqar", "train"): "7e443f4236c37337",
+    ("stacked_mqar", "test"): "78defd923f500059",
+    ("treecall", "train"): "3044ce502632c3a4",
+    ("treecall", "test"): "95e672671ba061fe",
     ("passkey", "train"): "82c0c61fe4ab0f44",
     ("passkey", "test"): "0ce75bbdde4e29f6",
     ("parity", "train"): "a1de08d4796fca93",
@@ -42,8 +56,8 @@ GOLDEN = {
     ("memorization", "test"): "3e0dba12e2cd77a5",
     ("piecewise", "train"): "62db4ac5f45e931c",
     ("piecewise", "test"): "8fa6841645d324ec",
-    ("bigrams", "train"): "0e3a92acb6652926",
-    ("bigrams", "test"): "00b4d17c123747d2",
+    ("bigrams", "train"): "ed392692eb099b8d",
+    ("bigrams", "test"): "b2f35f82767de76a",
 }
 # Settings for these tests where the defaults will not do; a changed one changes GOLDEN.
 SMALL = {"mqar": {"vocab": 1024}, "forgetting_mqar": {"vocab": 1024}, "passkey": {"distractors": 2}}
@@ -139,15 +153,17 @@ def test_format_of_an_example(name):
         example = source[index]
         assert example.keys() == keys
         for key, array in example.items():
-            assert array.shape == ((source.length,) if array.ndim else ())
-            integer = key in OF_TOKENS or not array.ndim
-            kind = np.float32 if key == "oracle" else np.int32 if integer else np.bool_
-            assert array.dtype == kind
+            vectors = key == "inputs" and source.features
+            shape = (source.length, source.features) if vectors else (source.length,)
+            assert array.shape == (shape if array.ndim else ())
+            real = vectors or key == "oracle"
+            kind = np.int32 if key in OF_TOKENS or not array.ndim else np.bool_
+            assert array.dtype == (np.float32 if real else kind), key
         mask = example["mask"]
         assert 1 <= mask.sum() <= source.queries
         for key in keys - {"inputs", "mask"}:
             assert not example[key].ndim or not example[key][~mask].any(), key
-        for key in ("inputs", "targets"):
+        for key in ("targets",) if source.features else ("inputs", "targets"):
             assert example[key].min() >= 0 and example[key].max() < source.vocab
 
 
@@ -155,7 +171,7 @@ def test_format_of_an_example(name):
 def test_show_of_every_task(name):
     source = tasks.make(name, **SMALL.get(name, {}))
     text = command.show(source, 3)
-    assert text.startswith(f"{name}, example 3 of 2**31: length={source.length}, ")
+    assert text.startswith(f"{name}, example 3 of 2**31: ")
     assert text.count("\n") >= 3
 
 
@@ -168,7 +184,7 @@ def test_subset_is_uniform_ordered_and_may_be_everything():
         pair = tuple(draws.subset(draws.bits(0, "test", index, 0), 4, 2))
         counts[pair] = counts.get(pair, 0) + 1
     assert len(counts) == 12 and all(a != b for a, b in counts)
-    assert sum((n - 4000 / 12) ** 2 / (4000 / 12) for n in counts.values()) < 31.3  # p = 0.001
+    assert chi_square([*counts.values()]) < 31.3  # p = 0.001
     assert sorted(draws.subset(draws.bits(0, "test", 0, 1), 300, 300)) == list(range(300))
     assert draws.subset(draws.bits(0, "test", 0, 2), 5, 0).shape == (0,)
 
@@ -183,38 +199,60 @@ def test_weighted_subset_has_the_law_of_successive_draws():
     law[np.eye(3, dtype=bool)] = 0
     off = law > 0
     assert counts[~off].sum() == 0
-    chi_square = ((counts - 6000 * law)[off] ** 2 / (6000 * law[off])).sum()
-    assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+    assert chi_square(counts[off], law[off]) < 20.5  # 5 degrees of freedom, p = 0.001
 
 
-def test_permutation_and_tuples_are_uniform():
-    source = draws.bits(0, "test", 0, 0)
-    orders = [tuple(draws.permutation(source, 3)) for _ in range(3000)]
-    for drawn, number in ((orders, 6), (map(tuple, draws.tuples(source, 4, 3, 6000)), 24)):
-        counts = {}
-        for items in drawn:
-            assert len(set(items)) == 3
-            counts[items] = counts.get(items, 0) + 1
-        expected = sum(counts.values()) / number
-        chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
-        assert len(counts) == number and chi_square < {6: 20.5, 24: 49.7}[number]  # p = 0.001
+def test_permutations_are_uniform_and_independent():
+    counts = np.zeros((6, 6))
+    for index in range(3600):
+        made = draws.permutations(draws.bits(0, "test", index, 0), (2, 3))
+        first, second = made @ [9, 3, 1]
+        counts[[5, 7, 11, 15, 19, 21].index(first), [5, 7, 11, 15, 19, 21].index(second)] += 1
+    assert chi_square(counts) < 66.7  # 35 degrees of freedom, p = 0.001
+    assert draws.permutations(draws.bits(0, "test", 0, 1), 0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "draw, law",
+    [
+        (draws.uniforms, lambda x: x),
+        (draws.exponentials, lambda x: -np.expm1(-x)),
+        (draws.normals, lambda x: np.vectorize(math.erfc)(-x / np.sqrt(2)) / 2),
+    ],
+)
+def test_distribution_of_numbers(draw, law):
+    """The largest distance between the distribution functions (Kolmogorov and Smirnov)."""
+    drawn = draw(draws.bits(0, "test", 0, 0), (50, 400))
+    assert drawn.shape == (50, 400) and np.isfinite(drawn).all()
+    place = law(np.sort(drawn.ravel()))
+    assert np.abs(place - (np.arange(20000) + 0.5) / 20000).max() < 1.95 / np.sqrt(20000)  # .001
+
+
+def test_tuples_are_ordered_subsets_and_uniform():
+    drawn = draws.tuples(draws.bits(0, "test", 0, 0), 4, (6000, 3))
+    assert (np.sort(drawn, axis=1)[:, 1:] > np.sort(drawn, axis=1)[:, :-1]).all()
+    counts = np.unique(drawn @ [16, 4, 1], return_counts=True)[1]
+    assert len(counts) == 24 and chi_square(counts) < 49.7  # 23 degrees of freedom, p = 0.001
 
 
 def test_categorical_has_its_law():
     law = np.array([0.5, 0.0, 0.3, 0.2])
     counts = np.bincount(draws.categorical(draws.bits(0, "test", 0, 0), np.tile(law, (5000, 1))))
     assert counts[1] == 0 and len(counts) == 4
-    assert ((counts - 5000 * law)[[0, 2, 3]] ** 2 / (5000 * law[[0, 2, 3]])).sum() < 13.8
+    assert chi_square(counts[law > 0], law[law > 0]) < 13.8  # 2 degrees of freedom, p = 0.001
 
 
-def test_normals_are_normal():
-    """Shares below the quantiles at 2.3, 15.9, 50, 84.1 and 97.7 %; an odd number; independent."""
-    drawn = draws.normals(draws.bits(0, "test", 0, 0), 20001)
-    assert drawn.shape == (20001,) and np.isfinite(drawn).all()
-    law = np.array([0.02275, 0.15866, 0.5, 0.84134, 0.97725])
-    shares = (drawn[:, None] < np.arange(-2, 3)).mean(axis=0)
-    assert (np.abs(shares - law) < 4 * np.sqrt(law * (1 - law) / 20001)).all()
-    assert abs((drawn[:10000] * drawn[10000:20000]).mean()) < 4 / np.sqrt(10000)
+@pytest.mark.parametrize("symbols", [2, 4])
+def test_half_dirichlet_has_its_moments(symbols):
+    """Means 1/K, variances (K - 1) / (K**2 (K/2 + 1)), sums 1."""
+    drawn = draws.half_dirichlet(draws.bits(0, "test", 0, 0), (5000, symbols))
+    assert drawn.shape == (5000, symbols)
+    np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-12)
+    mean, variance = 1 / symbols, (symbols - 1) / (symbols**2 * (symbols / 2 + 1))
+    assert (np.abs(drawn.mean(axis=0) - mean) < 4 * np.sqrt(variance / 5000)).all()
+    squares = (drawn - mean) ** 2
+    error = squares.std(axis=0) / np.sqrt(5000)
+    assert (np.abs(squares.mean(axis=0) - variance) < 4 * error).all()
 
 
 def test_draws_refuse_more_items_than_there_are():
@@ -224,7 +262,7 @@ def test_draws_refuse_more_items_than_there_are():
     with pytest.raises(ValueError, match="5 different items out of 4"):
         draws.weighted_subset(source, np.zeros(4), 5)
     with pytest.raises(ValueError, match="5 different items out of 4"):
-        draws.tuples(source, 4, 5, 1)
+        draws.tuples(source, 4, (1, 5))
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -233,6 +271,13 @@ def test_draws_refuse_more_items_than_there_are():
 def run_command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["memjax.tasks", *arguments])
     command.main()
+
+
+def test_settings_stand_anywhere(monkeypatch, capsys):
+    run_command(monkeypatch, "pairs=2", "--show=mqar", "noise=False", "--index=3", "split=test")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "example 3 of" in first and "pairs=2" in first and "noise=False, " in first
+    assert "split='test'" in first
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,10 @@ import hashlib
 
 import numpy as np
 import pytest
+from task_checks import chi_square, refuses
 
 from memjax import tasks
 from memjax.tasks import __main__ as command
-
-BASED_CELLS = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
 
 
 def test_reference_by_the_recipe_in_plain_python():
@@ -57,9 +56,6 @@ def test_layout(name, settings):
     at_random_even_slots = set()
     for index in range(1000):
         example = source[index]
-        for key, array in example.items():
-            kind = np.int32 if key in ("inputs", "targets", "distance") else np.bool_
-            assert array.dtype == kind and array.shape == (length,)
         inputs, targets, mask = example["inputs"], example["targets"], example["mask"]
         assert (inputs >= 0).all() and (inputs < source.vocab).all()
         assert not targets[~mask].any() and not example["distance"][~mask].any()
@@ -68,7 +64,7 @@ def test_layout(name, settings):
         assert len(set(keys[:pairs])) == len(set(values[:pairs])) == pairs
         assert set(keys) == set(keys[:pairs])
         queries = np.flatnonzero(mask)
-        assert len(queries) == source.queries == pairs
+        assert len(queries) == source.queries == pairs == example["pairs"]
         assert (queries >= source.context).all() and not (queries % 2).any()
         assert sorted(inputs[queries]) == sorted(keys[:pairs])
         last = dict(zip(keys, values, strict=True))
@@ -93,34 +89,29 @@ def test_passes_repeat_the_context():
     assert (blocks == blocks[0]).all()
 
 
+@pytest.mark.parametrize("settings", [{}, dict(length=25 * 6, pairs=25, vocab=151)])
+def test_compositional_layout(settings):
+    source = tasks.make("compositional_mqar", **settings)
+    side, third = round(source.pairs**0.5), source.vocab // 3
+    orders = set()
+    for index in range(1000):
+        example = source[index]
+        inputs, queries = example["inputs"], np.flatnonzero(example["mask"])
+        first, second, values = inputs[: source.context].reshape(-1, 3).T
+        assert 1 <= first.min() and first.max() < third <= second.min()
+        assert second.max() < 2 * third <= values.min() and values.max() < source.vocab
+        assert len(set(first)) == len(set(second)) == side
+        assert len(set(zip(first, second, strict=True))) == len(set(values)) == source.pairs
+        assert len(queries) == source.queries == source.pairs
+        assert not ((queries - source.context - 1) % 3).any()
+        at = np.array([np.flatnonzero(values == v)[0] for v in example["targets"][queries]])
+        assert (inputs[queries - 1] == first[at]).all() and (inputs[queries] == second[at]).all()
+        assert (queries - example["distance"][queries] == 3 * at + 2).all()
+        orders.add(tuple(np.argsort(first * source.vocab + second)))
+    assert len(orders) > 900
+
+
 # --- laws ---------------------------------------------------------------------------------------
-
-
-def test_window_law_of_the_based_mixture():
-    """A window of w tokens answers a query when the value is inside it: P(distance < w).
-
-    The expected column was computed apart from this code, by a sampler of the published recipe;
-    seven of its eight values are also the points of the published figure for sliding-window
-    attention within reading error (Based, arXiv:2402.18668, mean over the seven test cells).
-    """
-    widths = 2 ** np.arange(3, 11)
-    shares = []
-    for length, pairs in BASED_CELLS:
-        source = tasks.make("mqar", length=length, pairs=pairs, split="test")
-        distance = np.concatenate(
-            [
-                example["distance"][example["mask"]]
-                for example in map(source.__getitem__, range(1000))
-            ]
-        )
-        assert len(distance) == 1000 * pairs
-        shares.append((distance[:, None] < widths).mean(0))
-    expected = np.array([0.059, 0.145, 0.313, 0.514, 0.655, 0.797, 0.936, 1.000])
-    tolerance = np.where(widths <= 32, 0.004, 0.002)
-    assert (np.abs(np.mean(shares, 0) - expected) <= tolerance).all(), np.mean(shares, 0)
-    # By cell: the widest window that sees some of it, in the order of BASED_CELLS.
-    some = [shares[0][2], shares[1][2], shares[2][2], *(shares[i][i] for i in range(3, 7))]
-    np.testing.assert_allclose(some, [0.807, 0.758, 0.593, 0.572, 0.560, 0.554, 0.552], atol=0.02)
 
 
 @pytest.mark.parametrize("power", [0.01, 1.0, 2.0])
@@ -132,8 +123,7 @@ def test_first_key_is_placed_by_the_power_law(power):
     for index in range(4000):
         row = source[index]
         counts[(np.flatnonzero((row["inputs"] == row["inputs"][0]) & row["mask"])[0] - 8) // 2] += 1
-    chi_square = ((counts - 4000 * law) ** 2 / (4000 * law)).sum()
-    assert chi_square < 24.3  # 7 degrees of freedom, p = 0.001; the seed is fixed
+    assert chi_square(counts, law) < 24.3  # 7 degrees of freedom, p = 0.001; the seed is fixed
 
 
 def test_noise_is_any_token():
@@ -179,6 +169,45 @@ def test_forgetting_law(updates):
     assert updates == 0 or len(order) > 50
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_one_key_of_two_is_right_once_in_g(part):
+    """Who sees one key only chooses among the g values bound with it; any choice gets 1/g."""
+    source = tasks.make("compositional_mqar", length=96, pairs=16)
+    for index in range(200):
+        example = source[index]
+        bindings = example["inputs"][: source.context].reshape(-1, 3)
+        choice = {binding[part]: binding[2] for binding in bindings}
+        queries = np.flatnonzero(example["mask"])
+        chosen = [choice[key] for key in example["inputs"][queries - 1 + part]]
+        assert (chosen == example["targets"][queries]).mean() == 1 / 4
+
+
+def test_frequent_keys_by_zipf():
+    """One key a row has the law itself; several are drawn without replacement.
+
+    With exponent 1 the weights of 31 keys add up to 4.027; the heaviest three have 1.833 of it and
+    the fourth passes the half.
+    """
+    source = tasks.make("mqar", length=4, pairs=1, vocab=64, zipf=1.0)
+    weights = 1 / np.arange(1, 32)
+    counts, frequent = np.zeros(31), 0
+    for index in range(4000):
+        example = source[index]
+        counts[example["inputs"][0] - 1] += 1
+        marked = example["frequent"][example["mask"]]
+        assert (marked == (example["inputs"][0] <= 4)).all()
+        frequent += marked.sum()
+    assert chi_square(counts, weights / weights.sum()) < 59.7  # 30 degrees of freedom, p = 0.001
+    assert frequent == counts[:4].sum()
+    assert "frequent" not in tasks.make("mqar")[0]
+    skewed = tasks.make("mqar", zipf=1.5)
+    rows = [skewed[index] for index in range(1000)]
+    keys = np.array([row["inputs"][:16:2] for row in rows])
+    assert all(len(set(row)) == 8 for row in keys)
+    assert (keys == 1).any(1).mean() > 0.9 > (keys == 9).any(1).mean() > (keys == 99).any(1).mean()
+    assert {int(row["frequent"].sum()) for row in rows} <= {0, 1, 2}  # keys 1 and 2 weigh half
+
+
 def test_new_values_cover_all_but_the_old_one():
     source = tasks.make("forgetting_mqar", length=8, pairs=1, updates=0, vocab=9)
     assert source[0]["rebound"].sum() == 0
@@ -190,7 +219,7 @@ def test_new_values_cover_all_but_the_old_one():
         counts[values[list(keys[:2]).index(keys[2])] - 6, values[2] - 6] += 1
     assert not np.diag(counts).any()
     others = counts[~np.eye(7, dtype=bool)]
-    assert ((others - 4000 / 42) ** 2 / (4000 / 42)).sum() < 74.7  # 41 degrees, p = 0.001
+    assert chi_square(others) < 74.7  # 41 degrees, p = 0.001
 
 
 # --- messages and text -------------------------------------------------------------------------
@@ -221,13 +250,14 @@ def test_new_values_cover_all_but_the_old_one():
         ("forgetting_mqar", dict(updates=9), "updates=9 .* 0 to pairs, 8"),
         ("forgetting_mqar", dict(updates=-1), "updates=-1 .* 0 to pairs, 8"),
         ("forgetting_mqar", dict(pairs=15), "pairs=15 with updates=4 takes 38 .* use length=68"),
+        ("mqar", dict(zipf=-1.0), "zipf=-1.0 .* 0 or more"),
+        ("compositional_mqar", dict(pairs=8), "pairs=8 is no square; use one such as 9"),
+        ("compositional_mqar", dict(pairs=16), "pairs=16 takes 48 .* use length=96"),
         ("forgeting_mqar", {}, "unknown task .* Did you mean 'forgetting_mqar'"),
     ],
 )
 def test_impossible_settings(name, settings, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        tasks.make(name, **settings)
-    assert "\n" not in str(caught.value)
+    refuses(name, settings, message)
 
 
 def test_largest_settings_that_fit():

@@ -1,10 +1,10 @@
 """Prints one example of a task: python -m memjax.tasks --show=mqar [--index=0] [pairs=4 ...]."""
 
 import argparse
-import ast
 import dataclasses
 
 from memjax import tasks
+from memjax.tasks.source import parse_setting
 
 
 def show(source, index: int) -> str:
@@ -21,17 +21,9 @@ def main() -> None:
     parser.add_argument("--show", required=True, metavar="TASK", help=", ".join(tasks.names()))
     parser.add_argument("--index", type=int, default=0, help="number of the example")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as pairs=4")
-    arguments = parser.parse_args()
-    settings = {}
-    for text in arguments.settings:
-        name, equals, value = text.partition("=")
-        if not equals:
-            parser.error(f"{text!r}: expected SETTING=VALUE, such as pairs=4")
-        try:
-            settings[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            settings[name] = value
+    arguments = parser.parse_intermixed_args()
     try:
+        settings = dict(map(parse_setting, arguments.settings))
         print(show(tasks.make(arguments.show, **settings), arguments.index))
     except (ValueError, IndexError) as error:
         parser.error(str(error))

@@ -42,8 +42,7 @@ class Law(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def law(vocab: int, seed: int) -> Law:
     """The law of `vocab` tokens with the number `seed`."""
-    normals = draws.normals(draws.bits(seed, "bigrams/law", 0, 0), vocab * vocab)
-    rows = np.exp(2 * normals.reshape(vocab, vocab))
+    rows = np.exp(2 * draws.normals(draws.bits(seed, "bigrams/law", 0, 0), (vocab, vocab)))
     rows /= rows.sum(axis=1, keepdims=True)
     # p rows = p and sum p = 1; one of the V equations of the former follows from the others.
     equations = np.vstack([(rows.T - np.eye(vocab))[1:], np.ones(vocab)])
@@ -61,7 +60,7 @@ class Bigrams(Source):
 
     Args:
       length: tokens in a row, T, of which the first is drawn from the stationary law.
-      vocab: number of tokens, 2 or more.
+      vocab: number of tokens, 2 to 4096 (the law is a matrix).
       triggers: how many tokens are triggers, 0 to vocab.
       choice: "fixed" (the most frequent tokens) or "random" (drawn for each row one after another,
         by frequency).
@@ -106,12 +105,9 @@ class Bigrams(Source):
                 self._refuse(
                     f"{name}={getattr(self, name)!r} does not exist; allowed: {', '.join(allowed)}"
                 )
-        for name, least, most in (
-            ("length", 1, 2**31),
-            ("vocab", 2, 4096),  # the law is a matrix
-            ("triggers", 0, self.vocab),
-            ("law_seed", 0, 2**64 - 1),
-        ):
+        self._check_seed("law_seed")
+        self._check_least(length=1)
+        for name, least, most in (("vocab", 2, 4096), ("triggers", 0, self.vocab)):
             if not least <= getattr(self, name) <= most:
                 self._refuse(
                     f"{name}={getattr(self, name)} is out of range; allowed: {least} to {most}"

@@ -33,38 +33,33 @@ def bits(seed: int, stream: str, index: int, field: int) -> np.random.Philox:
     return np.random.Philox(key=key, counter=np.array([0, 0, index, field], np.uint64))
 
 
-def uniforms(source: np.random.Philox, size: int) -> np.ndarray:
-    """`size` independent numbers, uniform over [0, 1). float64[size]."""
+def uniforms(source: np.random.Philox, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent numbers, uniform over [0, 1). float64[size]."""
     return (source.random_raw(size) >> np.uint64(11)) * 2.0**-53
 
 
-def inner_uniforms(source: np.random.Philox, size: int) -> np.ndarray:
-    """As `uniforms`, for where a logarithm follows: over (0, 1], 1 once in 2**54. float64[size]."""
-    return ((source.random_raw(size) >> np.uint64(11)) + 0.5) * 2.0**-53
-
-
-def uniform_ints(source: np.random.Philox, n: int, size: int) -> np.ndarray:
-    """`size` independent integers, uniform over 0..n-1: floor(n * u). int64[size], n < 2**53."""
+def uniform_ints(source: np.random.Philox, n: int, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent integers, uniform over 0..n-1: floor(n * u). int64[size], n < 2**53."""
     return (n * uniforms(source, size)).astype(np.int64)
 
 
-def permutation(source: np.random.Philox, n: int) -> np.ndarray:
-    """A permutation of 0..n-1, all of them equally likely: the order of n uniforms. int64[n]."""
-    return np.argsort(uniforms(source, n), kind="stable")
+def exponentials(source: np.random.Philox, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent numbers of mean 1: -log u. float64[size], at least 0.
 
-
-def tuples(source: np.random.Philox, n: int, k: int, size: int) -> np.ndarray:
-    """`size` independent ordered k-subsets of 0..n-1, all equally likely. int64[size, k], k small.
-
-    The j-th member is drawn among the n - j integers that are left. ValueError when k > n.
+    Divided by their sum they have the law Dirichlet(1, .., 1).
     """
-    if k > n:
-        raise ValueError(f"cannot take {k} different items out of {n}")
-    ranks = (np.arange(n, n - k, -1) * uniforms(source, size * k).reshape(size, k)).astype(np.int64)
-    for j in range(1, k):
-        for taken in np.sort(ranks[:, :j], axis=1).T:  # ascending: each one shifts what is above it
-            ranks[:, j] += ranks[:, j] >= taken
-    return ranks
+    return -np.log(((source.random_raw(size) >> np.uint64(11)) + 0.5) * 2.0**-53)
+
+
+def normals(source: np.random.Philox, size: tuple[int, ...]) -> np.ndarray:
+    """Independent standard normal numbers by Box and Muller. float64[size]."""
+    radius = np.sqrt(2 * exponentials(source, size))
+    return radius * np.cos(2 * np.pi * uniforms(source, size))
+
+
+def permutations(source: np.random.Philox, size: int | tuple[int, ...]) -> np.ndarray:
+    """Independent permutations of 0..n-1, n the last of `size`, all equally likely. int64[size]."""
+    return np.argsort(uniforms(source, size), axis=-1, kind="stable")
 
 
 def categorical(source: np.random.Philox, probabilities: np.ndarray) -> np.ndarray:
@@ -73,24 +68,16 @@ def categorical(source: np.random.Philox, probabilities: np.ndarray) -> np.ndarr
     return (uniforms(source, len(bounds))[:, None] >= bounds).sum(axis=1)
 
 
-def normals(source: np.random.Philox, size: int) -> np.ndarray:
-    """`size` independent standard normal numbers by Box and Muller. float64[size]."""
-    half = (size + 1) // 2
-    radius = np.sqrt(-2 * np.log(inner_uniforms(source, half)))
-    angle = 2 * np.pi * uniforms(source, half)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
-
-
-def half_dirichlet(source: np.random.Philox, k: int, size: int) -> np.ndarray:
-    """`size` draws of Dirichlet(1/2, .., 1/2), Jeffreys' prior of k symbols. float64[size, k].
+def half_dirichlet(source: np.random.Philox, size: tuple[int, int]) -> np.ndarray:
+    """Independent draws of Dirichlet(1/2, .., 1/2), Jeffreys' prior of K symbols. float64[N, K].
 
     Two symbols are Beta(1/2, 1/2), the law of sin**2(pi u / 2); more are squares of normals,
-    normalised.
+    normalised. size: (N, K).
     """
-    if k == 2:
-        second = np.sin(np.pi / 2 * uniforms(source, size)) ** 2
+    if size[1] == 2:
+        second = np.sin(np.pi / 2 * uniforms(source, size[0])) ** 2
         return np.stack([1 - second, second], axis=1)
-    squares = normals(source, size * k).reshape(size, k) ** 2
+    squares = normals(source, size) ** 2
     return squares / squares.sum(axis=1, keepdims=True)
 
 
@@ -110,6 +97,22 @@ def subset(source: np.random.Philox, n: int, k: int) -> np.ndarray:
             return drawn[first[:k]]
 
 
+def tuples(source: np.random.Philox, n: int, size: tuple[int, int]) -> np.ndarray:
+    """Independent ordered k-subsets of 0..n-1, all equally likely, for small k. int64[N, k].
+
+    The j-th member is drawn among the n - j integers that are left. size: (N, k); ValueError when
+    k > n.
+    """
+    k = size[1]
+    if k > n:
+        raise ValueError(f"cannot take {k} different items out of {n}")
+    members = (np.arange(n, n - k, -1) * uniforms(source, size)).astype(np.int64)
+    for j in range(1, k):
+        for taken in np.sort(members[:, :j], axis=1).T:  # ascending: each shifts what is above it
+            members[:, j] += members[:, j] >= taken
+    return members
+
+
 def weighted_subset(source: np.random.Philox, log_weights: np.ndarray, k: int) -> np.ndarray:
     """k items drawn one after another without replacement by weight. int64[k], in drawn order.
 
@@ -122,7 +125,6 @@ def weighted_subset(source: np.random.Philox, log_weights: np.ndarray, k: int) -
     """
     if k > len(log_weights):
         raise ValueError(f"cannot take {k} different items out of {len(log_weights)}")
-    u = inner_uniforms(source, len(log_weights))
     with np.errstate(divide="ignore"):  # the largest word rounds to u = 1, which comes first
-        scores = log_weights - np.log(-np.log(u))
+        scores = log_weights - np.log(exponentials(source, len(log_weights)))
     return np.argsort(-scores, kind="stable")[:k]

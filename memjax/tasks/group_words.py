@@ -102,10 +102,7 @@ class GroupWords(Source):
         super().__post_init__()
         if self.group not in GROUPS:
             self._refuse(f"group={self.group!r} does not exist; allowed: {', '.join(GROUPS)}")
-        if self.length < 2:
-            self._refuse(f"length={self.length} is out of range; allowed: 2 or more")
-        if self.repeat < 1:
-            self._refuse(f"repeat={self.repeat} is out of range; allowed: 1 or more")
+        self._check_least(length=2, repeat=1)
         if self.moves and self.group not in _PERMUTATIONS:
             self._refuse(
                 f"moves={self.moves} is for groups of permutations, {', '.join(_PERMUTATIONS)}; "

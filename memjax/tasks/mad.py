@@ -6,8 +6,9 @@ Architectures", arXiv:2403.17844); those are in `mad_recall`.
     memorization     k1 ? k2 ? ..              values of a map that is the same in all rows
 
 MAD's figure for a task is a mean over settings: the defaults here, then vocab, length, the number
-of different training examples (`examples`, 12,800 with the defaults, 256 in memorization), noise
-and copies varied one at a time. Its accuracy is a mean over classes, not over scored positions.
+of different training examples (12,800 with the defaults, 256 in memorization; `train_examples` in a
+configuration), noise and copies varied one at a time. Its accuracy is a mean over classes, not over
+scored positions.
 """
 
 import dataclasses
@@ -25,36 +26,21 @@ _KEYS, _PAYLOAD, _BLANKS = range(3)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mad(Source):
-    """What all six share: settings, and a finite training set where that is wanted."""
+    """What all six share."""
 
     length: int = 128
     vocab: int = 16
-    examples: int = 0
     seed: int = 0
     split: Literal["train", "test"] = "train"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.examples < 0:
-            self._refuse(
-                f"examples={self.examples} is out of range; allowed: 0 for ever new ones, or the "
-                "number of different training examples"
-            )
+        if self.vocab > 2**31:
+            self._refuse(f"vocab={self.vocab} is out of range; allowed: up to 2**31")
 
-    def _check_sizes(self, least_length: int, least_vocab: int, even: bool) -> None:
-        if self.length < least_length or (even and self.length % 2):
-            self._refuse(
-                f"length={self.length} is out of range; allowed: {least_length} or more"
-                + (", even" if even else "")
-            )
-        if not least_vocab <= self.vocab <= 2**31:
-            self._refuse(
-                f"vocab={self.vocab} is out of range; allowed: {least_vocab} or more, to 2**31"
-            )
-
-    def _index(self, index) -> int:
-        index = super()._index(index)
-        return index % self.examples if self.examples and self.split == "train" else index
+    def _check_even(self) -> None:
+        if self.length % 2:
+            self._refuse(f"length={self.length} is odd; use length={self.length + 1}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +55,6 @@ class SelectiveCopy(Mad):
       length: tokens in a row, T; 2 copies + 1 or more.
       vocab: the last token asks for the copy, the one before it is the blank; 3 or more.
       copies: tokens to be copied, 1 or more.
-      examples: different examples in the split "train", which come again and again in this order; 0
-        for ever new ones.
       seed: 0 to 2**64 - 1.
       split: "train" or "test", two disjoint streams.
     Raises ValueError for settings that are impossible.
@@ -89,7 +73,7 @@ class SelectiveCopy(Mad):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_sizes(1, 3, even=False)
+        self._check_least(vocab=3)
         if not 1 <= self.copies <= (self.length - 1) // 2:
             self._refuse(
                 f"copies={self.copies} is out of range; allowed: 1 to (length - 1) // 2, "
@@ -142,7 +126,8 @@ class Compression(Mad):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_sizes(4, 3, even=True)
+        self._check_least(length=4, vocab=3)
+        self._check_even()
 
     @property
     def queries(self) -> int:
@@ -184,8 +169,6 @@ class Memorization(Mad):
       vocab: the last token is the insert token, the first half of the others are keys, the rest
         values, of which one is left over when the others are odd in number; 3 or more.
       map_seed: of the map, in both splits and with any `seed`; 0 to 2**64 - 1.
-      examples: different examples in the split "train", which come again and again in this order; 0
-        for ever new ones. Published: 256.
       seed: 0 to 2**64 - 1.
       split: "train" or "test", two disjoint streams.
     Raises ValueError for settings that are impossible.
@@ -204,9 +187,9 @@ class Memorization(Mad):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_sizes(2, 3, even=True)
-        if not 0 <= self.map_seed < 2**64:
-            self._refuse(f"map_seed={self.map_seed} is out of range; allowed: 0 to 2**64 - 1")
+        self._check_least(length=2, vocab=3)
+        self._check_even()
+        self._check_seed("map_seed")
 
     @property
     def queries(self) -> int:
@@ -241,6 +224,6 @@ class Memorization(Mad):
 def _map(vocab: int, seed: int) -> np.ndarray:
     """The values of the keys 0, 1, .. (`vocab - 1` halved), all different. int64[keys]."""
     keys = (vocab - 1) // 2
-    values = keys + draws.permutation(draws.bits(seed, "memorization/map", 0, 0), vocab - 1 - keys)
+    values = keys + draws.permutations(draws.bits(seed, "memorization/map", 0, 0), vocab - 1 - keys)
     values.flags.writeable = False
     return values[:keys]

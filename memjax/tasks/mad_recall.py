@@ -63,8 +63,6 @@ class InContextRecall(_Recall):
     Args:
       length: tokens in a row, T; even, 4 or more.
       vocab: the first half of the tokens are keys, the rest values; 2 or more.
-      examples: different examples in the split "train", which come again and again in this order; 0
-        for ever new ones.
       seed: 0 to 2**64 - 1.
       split: "train" scores every next token, "test" the values of keys seen before.
     Raises ValueError for settings that are impossible.
@@ -80,7 +78,8 @@ class InContextRecall(_Recall):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_sizes(4, self._others + 2, even=True)
+        self._check_least(length=4, vocab=self._others + 2)
+        self._check_even()
 
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
@@ -141,8 +140,7 @@ class NoisyRecall(InContextRecall):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.noise_tokens < 1:
-            self._refuse(f"noise_tokens={self.noise_tokens} is out of range; allowed: 1 or more")
+        self._check_least(noise_tokens=1)
         if not 0 <= self.noise < 1:
             self._refuse(f"noise={self.noise} is out of range; allowed: 0 to below 1")
 
@@ -153,10 +151,9 @@ class NoisyRecall(InContextRecall):
     def _noise(self, index: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
         noisy = draws.uniforms(self._bits(index, _NOISY), pairs) < self.noise
         noisy[draws.uniform_ints(self._bits(index, _KEPT), pairs, 1)] = False
-        tokens = draws.uniform_ints(
-            self._bits(index, _NOISE), self.noise_tokens, 2 * int(noisy.sum())
-        )
-        return noisy, self.keys + self.values + tokens.reshape(-1, 2)
+        size = int(noisy.sum()), 2
+        tokens = draws.uniform_ints(self._bits(index, _NOISE), self.noise_tokens, size)
+        return noisy, self.keys + self.values + tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +179,7 @@ class FuzzyRecall(_Recall):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_sizes(4 * _MOTIF + 1, 2 * _MOTIF + 1, even=False)
+        self._check_least(length=4 * _MOTIF + 1, vocab=2 * _MOTIF + 1)
 
     @property
     def _others(self) -> int:
@@ -236,7 +233,7 @@ class FuzzyRecall(_Recall):
 
     def _motifs(self, index: int, fields, tokens: int, count: int, longest: bool) -> list[tuple]:
         """`count` tuples of different numbers below `tokens`."""
-        motifs = draws.tuples(self._bits(index, fields[0]), tokens, _MOTIF, count).tolist()
+        motifs = draws.tuples(self._bits(index, fields[0]), tokens, (count, _MOTIF)).tolist()
         sizes = draws.uniform_ints(self._bits(index, fields[1]), _MOTIF, count).tolist()
         return [
             tuple(m[: _MOTIF if longest else 1 + s]) for m, s in zip(motifs, sizes, strict=True)

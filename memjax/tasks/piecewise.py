@@ -150,11 +150,7 @@ class Piecewise(Source):
             self._refuse(
                 f"switching={self.switching!r} does not exist; allowed: {', '.join(SWITCHING)}"
             )
-        for name, least in (("length", 1), ("period", 1), ("alphabet", 2)):
-            if getattr(self, name) < least:
-                self._refuse(
-                    f"{name}={getattr(self, name)} is out of range; allowed: {least} or more"
-                )
+        self._check_least(length=1, period=1, alphabet=2)
 
     @property
     def vocab(self) -> int:
@@ -201,9 +197,8 @@ class Piecewise(Source):
         """The segment of each symbol, int64[length], and its law, float64[segments, alphabet]."""
         ends = self._ends(self._bits(index, _SWITCHES))
         segment = np.append(0, np.cumsum(ends[:-1]))
-        return segment, draws.half_dirichlet(
-            self._bits(index, _LAWS), self.alphabet, int(segment[-1]) + 1
-        )
+        size = int(segment[-1]) + 1, self.alphabet
+        return segment, draws.half_dirichlet(self._bits(index, _LAWS), size)
 
     def oracle(self, symbols: np.ndarray) -> np.ndarray:
         """Nats of each of symbols [T] by the Bayes-optimal predictor, float64[T]."""
