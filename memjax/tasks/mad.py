@@ -42,6 +42,15 @@ class Mad(Source):
         if self.length % 2:
             self._refuse(f"length={self.length} is odd; use length={self.length + 1}")
 
+    def _copy(self, copied: np.ndarray, shown: np.ndarray) -> Example:
+        """A row with the tokens `copied` [N] at the positions `shown` [N], ascending, among blanks;
+        behind them the last token of the vocabulary and blanks, at which they are asked for."""
+        blank = self.vocab - 2
+        inputs = np.full(self.length, blank, np.int32)
+        inputs[shown], inputs[shown[-1] + 1] = copied, blank + 1
+        at = shown[-1] + 2 + np.arange(len(copied))
+        return {"inputs": inputs, **self._scored(at, copied, at - shown)}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectiveCopy(Mad):
@@ -96,7 +105,7 @@ class SelectiveCopy(Mad):
         blanks = self.length - 2 * self.copies - 1
         chosen = draws.uniform_ints(self._bits(index, _BLANKS), self.copies, blanks)
         in_front = np.cumsum(np.bincount(chosen, minlength=self.copies))
-        return _copy(self.length, copied, np.arange(self.copies) + in_front, self.vocab - 2)
+        return self._copy(copied, np.arange(self.copies) + in_front)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,20 +151,7 @@ class Compression(Mad):
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
         tokens = draws.uniform_ints(self._bits(index, _PAYLOAD), self.vocab - 2, self.queries)
-        return _copy(self.length, tokens, np.arange(self.queries), self.vocab - 2)
-
-
-def _copy(length: int, copied: np.ndarray, shown: np.ndarray, blank: int) -> Example:
-    """A row of `length` with tokens `copied` [N] at positions `shown` [N] among blanks, the token
-    blank + 1 behind the last one, and blanks at which they are asked for in order."""
-    count, first = len(copied), shown[-1] + 2
-    inputs, (targets, distance) = np.full(length, blank, np.int32), np.zeros((2, length), np.int32)
-    inputs[shown], inputs[first - 1] = copied, blank + 1
-    mask = np.zeros(length, bool)
-    at = slice(first, first + count)
-    targets[at], mask[at] = copied, True
-    distance[at] = np.arange(first, first + count) - shown
-    return {"inputs": inputs, "targets": targets, "mask": mask, "distance": distance}
+        return self._copy(tokens, np.arange(self.queries))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
