@@ -145,11 +145,17 @@ def test_rows_follow_the_law_and_the_oracle_its_entropy():
         (dict(vocab=1, triggers=0), "vocab=1 .* 2 to 4096"),
         (dict(length=0), "length=0 .* 1 or more"),
         (dict(law_seed=-1), "law_seed=-1 .* 0 to"),
+        (dict(scored="in_context", triggers=0), "scored='in_context' .* triggers=0; use 1"),
         (dict(no_repeat=1), "no_repeat=1 has the type int"),
     ],
 )
 def test_impossible_settings(settings, message):
     refuses("bigrams", settings, message)
+
+
+def test_a_row_without_scored_positions():
+    source = tasks.make("bigrams", scored="in_context", length=1)
+    assert not source[0]["mask"].any() and len(source.show(source[0])) == 7
 
 
 def test_show_lists_the_triggers():

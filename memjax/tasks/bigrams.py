@@ -67,7 +67,8 @@ class Bigrams(Source):
       no_repeat: whether no trigger is its own output. Without it a trigger is with probability
         1 / vocab, and the row never leaves it.
       own_rows: whether outputs are drawn from the trigger's row of the law, or uniformly.
-      scored: "all" positions or "in_context", the second and later occurrences of triggers.
+      scored: "all" positions or "in_context", the second and later occurrences of triggers; a short
+        row may have none.
       law_seed: of the law of all rows, in both splits and with any `seed`; 0 to 2**64 - 1.
       seed: 0 to 2**64 - 1.
       split: "train" or "test", two disjoint streams.
@@ -112,6 +113,8 @@ class Bigrams(Source):
                 self._refuse(
                     f"{name}={getattr(self, name)} is out of range; allowed: {least} to {most}"
                 )
+        if self.scored == "in_context" and not self.triggers:
+            self._refuse("scored='in_context' scores triggers, and triggers=0; use 1 or more")
 
     @property
     def queries(self) -> int:
@@ -188,11 +191,10 @@ class Bigrams(Source):
         for token in np.unique(inputs[trigger]):
             at = np.flatnonzero(trigger & (inputs == token))
             lines.append(f"{token:7d}   {targets[at[0]]:6d}   {len(at):18d}")
-        repeats = np.mean(inputs[1:] == inputs[:-1]) if self.length > 1 else 0.0
+        repeats = np.sum(inputs[1:] == inputs[:-1]) / self.length
+        oracle = example["oracle"].sum() / max(1, example["mask"].sum())
         lines += ["", f"tokens that repeat the one before  {repeats:.3f}"]
-        lines += [
-            f"oracle, mean of scored positions   {example['oracle'][example['mask']].mean():.3f}"
-        ]
+        lines += [f"oracle, nats a scored position     {oracle:.3f}"]
         lines += ["", "row (scored triggers in brackets)"]
         words = [f"[{t}]" if m else f"{t} " for t, m in zip(inputs, trigger, strict=True)]
         return lines + [

@@ -45,7 +45,7 @@ class _Recall(Mad):
     @property
     def queries(self) -> int:
         """The most positions that a row can have scored."""
-        return self.length - 1 if self.split == "train" else self.length // 2
+        return self.length - 1 if self.split == "train" else self.length // 2 - 1
 
     @property
     def chance(self) -> float:

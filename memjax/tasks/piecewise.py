@@ -66,12 +66,13 @@ def run_length_nats(symbols: np.ndarray, alphabet: int, ending: np.ndarray) -> n
     nats = np.empty(length)
     for t, symbol in enumerate(symbols.tolist()):
         runs, starts = slice(length - 1 - t, None), slice(0, t + 1)
-        predicted = (before[symbol, t] + 0.5 - before[symbol, starts]) * scale[runs]
-        joint = weights[starts] * predicted
-        probability = joint.sum()
-        joint /= probability
-        weights[starts] = joint * lasting[runs]
-        weights[t + 1] = joint @ ending[runs]
+        posterior = before[symbol, t] + 0.5 - before[symbol, starts]
+        posterior *= scale[runs]
+        posterior *= weights[starts]
+        probability = posterior.sum()
+        posterior /= probability
+        weights[t + 1] = posterior @ ending[runs]
+        np.multiply(posterior, lasting[runs], out=weights[starts])
         nats[t] = -math.log(probability)
     return nats
 
