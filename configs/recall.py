@@ -8,8 +8,8 @@
 The first argument is a mixer as it reads, such as `memory_caching(titans)`; the tasks are those of
 SMALL below, with sizes for a CPU (`python -m memjax.tasks --show=TASK` shows an example), and each
 setting can be changed, e.g. --config.data.cells=64x8,128x16. convolution=4 gives the mixer a short
-convolution of its own in place of BaseConv; stacked_mqar reads vectors and has neither. 1000 steps take about a minute on one CPU core with 64 tokens; experiments/mqar has
-results.
+convolution of its own in place of BaseConv; stacked_mqar reads vectors and has neither. 1000 steps
+take about a minute on one CPU core with 64 tokens; experiments/mqar has results.
 
 size=published is the mixture of Based (Arora et al. 2024, arXiv 2402.18668) for an accelerator:
 8192 tokens, 32 epochs over 180,000 rows in order, batches of 256, tests up to 1024 tokens and 256
