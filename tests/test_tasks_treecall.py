@@ -122,7 +122,7 @@ def test_heads_follow_their_distribution():
 
 
 def test_the_parent_is_chosen_first():
-    """Of a parent with one child to ask for and one with two: 1/2 for the one, 1/4 for each of two."""
+    """Of parents with one child to ask for and with two: 1/2 for the one, 1/4 for each of two."""
     source, counts = tasks.make("treecall"), {}
     for index in range(6000):
         words, parents, query, target = source.document(index)
