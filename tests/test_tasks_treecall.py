@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from task_checks import chi_square, close_to, refuses
 
 from memjax import tasks
 from memjax.tasks import __main__ as command
@@ -95,7 +96,7 @@ def test_laws_of_grammars():
             heads = np.diff([0, *made.head_probability[a], 1])
             squares.append((heads**2).sum())
     for found, bound in ((depths, 27.9), (counts, 18.5), (lengths, 16.3)):  # p = 0.001
-        assert ((found - found.mean()) ** 2 / found.mean()).sum() < bound
+        assert chi_square(found) < bound
     assert abs(words - expected) < 4.5 * np.sqrt(variance)
     # of Dirichlet(1, .., 1) over n: the sum of squares has mean 2 / (n + 1)
     error = np.std(squares) / np.sqrt(len(squares))
@@ -114,29 +115,24 @@ def test_heads_follow_their_distribution():
     counts = np.zeros(20)
     for _ in range(3000):
         counts[treecall.expand(made, -1, u, 1024)[0][-1]] += 1
-    law = 3000 * np.diff([0, *made.head_probability[0], 1])
-    large = law >= 5  # the others together, for the approximation to hold
-    found = np.append(counts[large], counts[~large].sum())
-    law = np.append(law[large], law[~large].sum())
-    assert ((found - law) ** 2 / law)[law > 0].sum() < 43.8  # at most 19 degrees, p = 0.001
+    law = np.diff([0, *made.head_probability[0], 1])
+    rare = 3000 * law < 5  # taken together, for the approximation to hold
+    found, law = (np.append(array[~rare], array[rare].sum()) for array in (counts, law))
+    assert chi_square(found[law > 0], law[law > 0]) < 43.8  # at most 19 degrees, p = 0.001
 
 
 def test_the_parent_is_chosen_first():
-    """Of the first sentence with 2 parents of 1 and 2 children: 1/2, and 1/4 for each of the two.
-
-    One word under the root's child and one under the root; sentences are those of one shape.
-    """
+    """Of parents with one child to ask for and with two: 1/2 for the one, 1/4 for each of two."""
     source, counts = tasks.make("treecall"), {}
     for index in range(6000):
         words, parents, query, target = source.document(index)
-        may = source._children(words, parents)
+        may = source.askable(words, parents)
         if sorted(map(len, may.values())) == [1, 2]:
             counts.setdefault(len(may[target]), [0, 0])[may[target].index(query)] += 1
     (single, _), (first, second) = counts[1], counts[2]
     total = single + first + second
     assert total > 200
-    law = total * np.array([1 / 2, 1 / 4, 1 / 4])
-    assert (([single, first, second] - law) ** 2 / law).sum() < 13.9  # 2 degrees, p = 0.001
+    assert chi_square(np.array([single, first, second]), [1 / 2, 1 / 4, 1 / 4]) < 13.9  # p = 0.001
 
 
 def test_held_out_pairs_are_asked_in_the_test_only():
@@ -152,7 +148,7 @@ def test_held_out_pairs_are_asked_in_the_test_only():
         asked[split] = set(pairs)
     assert not asked["train"] & asked["test"] and min(map(len, asked.values())) > 20
     table = np.stack([treecall.prohibited(0, 20, 0.2, target) for target in range(20)])
-    assert abs(table.sum() - 80) < 4.5 * np.sqrt(400 * 0.2 * 0.8)
+    assert close_to(table.sum(), 400, 0.2)
     free = tasks.make("treecall")
     both = {bool(table[w[t], w[q]]) for w, _, q, t in map(free.document, range(200))}
     assert both == {False, True}
@@ -184,6 +180,4 @@ def test_statistics_are_means_of_the_facts():
     ],
 )
 def test_impossible_settings(settings, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        tasks.make("treecall", **settings)
-    assert "\n" not in str(caught.value)
+    refuses("treecall", settings, message)

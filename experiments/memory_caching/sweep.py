@@ -2,8 +2,8 @@
 
     python -m memjax.sweep --sweep=experiments/memory_caching/sweep.py --jobs=2
 
-Memory Caching in its four modes over two small memories, whose keys have 16 channels, on MQAR with 16
-pairs, for several segment lengths; beside each the memory alone.
+Memory Caching in its four modes over two small memories, whose keys have 16 channels, on MQAR with
+16 pairs, for several segment lengths; beside each the memory alone.
 """
 
 from matplotlib.figure import Figure
@@ -68,7 +68,9 @@ def draw(rows):
         for row in results.select(rows, cell=cell, mode=ALONE):
             axes.axhline(row["query_accuracy"], color="0.6", linewidth=1, linestyle="--")
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="segments that bind the 16 pairs", title=f"{cell}; dashed: alone, a seed each")
+        axes.set(
+            xlabel="segments that bind the 16 pairs", title=f"{cell}; dashed: alone, a seed each"
+        )
         axes.grid(alpha=0.25)
         axes.legend()
     figure.axes[0].set_ylabel("query accuracy, a point a seed")

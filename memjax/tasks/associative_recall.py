@@ -88,12 +88,10 @@ class AssociativeRecall(Source):
         query, answer = 1 + 2 * asked, 2 + 2 * asked
         if self.by_value:
             query, answer = answer, query
-        inputs, targets, distance = np.zeros((3, self.length), np.int32)
-        mask = np.zeros(self.length, bool)
+        inputs = np.zeros(self.length, np.int32)
         at = 2 * self.pairs + 2
         inputs[0], inputs[at - 1] = BOS, EOS
         inputs[1 : at - 1] = np.stack([keys, values], axis=1).ravel()
         inputs[at] = inputs[query]
-        targets[at], distance[at], mask[at] = inputs[answer], at - answer, True
-        example = {"inputs": inputs, "targets": targets, "mask": mask, "distance": distance}
-        return {**example, "pairs": np.array(self.pairs, np.int32)}
+        scored = self._scored(at, inputs[answer], at - answer)
+        return {"inputs": inputs, **scored, "pairs": np.array(self.pairs, np.int32)}

@@ -70,8 +70,7 @@ class JointRecall(Source):
                     f"min_{what}={low} with max_{what}={high} is out of range; allowed: "
                     f"1 <= min_{what} <= max_{what}"
                 )
-        if self.values < 2:
-            self._refuse(f"values={self.values} is out of range; allowed: 2 or more")
+        self._check_least(values=2)
         tokens = VALUE + self.values + self.max_keys + self.max_contexts
         if not tokens <= self.vocab <= 2**31:
             self._refuse(
@@ -122,14 +121,9 @@ class JointRecall(Source):
         shown[context_orders[0][:, None], key_orders[0]] = 1 + places[:, 2::2]
         at = (2 + half + places[:, 1::2]).ravel()
         ago = at - shown[context_orders[1][:, None], key_orders[1]].ravel()
-        targets, distance = np.zeros((2, self.length), np.int32)
-        mask = np.zeros(self.length, bool)
-        targets[at], distance[at], mask[at] = inputs[at + 1], ago, True
         return {
             "inputs": inputs,
-            "targets": targets,
-            "mask": mask,
-            "distance": distance,
+            **self._scored(at, inputs[at + 1], ago),
             "contexts": np.array(contexts, np.int32),
             "keys": np.array(keys, np.int32),
         }

@@ -83,9 +83,8 @@ class MQAR(_Pairs):
     def __post_init__(self):
         super().__post_init__()
         if not (math.isfinite(self.zipf) and self.zipf >= 0):
-            self._refuse(f"zipf={self.zipf} is out of range; allowed: 0 or more")
-        if self.passes < 1:
-            self._refuse(f"passes={self.passes} is out of range; allowed: 1 or more")
+            self._refuse(f"zipf={self.zipf} is out of range; allowed: 0 or more, and finite")
+        self._check_least(passes=1)
         self._check_fit(f"pairs={self.pairs} with passes={self.passes}")
 
     @property

@@ -106,8 +106,7 @@ class Passkey(Source):
             self._refuse(
                 f"template={self.template!r} does not exist; allowed: {', '.join(TEMPLATES)}"
             )
-        if self.distractors < 0:
-            self._refuse(f"distractors={self.distractors} is out of range; allowed: 0 or more")
+        self._check_least(distractors=0)
         if self.lines < 1:
             needed = self._overhead + len(LINE)
             self._refuse(

@@ -51,8 +51,7 @@ class Recall(Source):
                 f"power={self.power} is out of range; allowed: above 0, where 1 puts the queries "
                 "anywhere with equal chance and 0.01 puts most of them near the context"
             )
-        if self.pairs < 1:
-            self._refuse(f"pairs={self.pairs} is out of range; allowed: 1 or more")
+        self._check_least(pairs=1)
         if self.length % 2:
             self._refuse(
                 f"length={self.length} is odd; use an even length such as {self.length + 1}"
@@ -102,15 +101,13 @@ class Recall(Source):
         gaps = draws.weighted_subset(self._bits(index, GAPS), weights, self.pairs)
         first = self.context + self.binding * gaps
         at = first + self.binding - 2
-        inputs, targets, distance = np.zeros((3, self.length), np.int32)
-        mask = np.zeros(self.length, bool)
+        inputs = np.zeros(self.length, np.int32)
         inputs[: self.context] = context
         inputs[first[:, None] + np.arange(self.binding - 1)] = keys
-        targets[at], distance[at], mask[at] = answers, at - bound_at, True
         if self.noise:
             # Any token may be noise, filler, keys and values included, as in the published task.
             rest = inputs[self.context :]
             noise = draws.uniform_ints(self._bits(index, NOISE), self.vocab, len(rest))
             rest[rest == 0] = noise[rest == 0]
-        example = {"inputs": inputs, "targets": targets, "mask": mask, "distance": distance}
-        return {**example, "pairs": np.array(self.pairs, np.int32)}, at
+        scored = self._scored(at, answers, at - bound_at)
+        return {"inputs": inputs, **scored, "pairs": np.array(self.pairs, np.int32)}, at

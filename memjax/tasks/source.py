@@ -52,8 +52,7 @@ class Source:
             self._check_type(field.name, field.default)
         if self.split not in SPLITS:
             self._refuse(f"split={self.split!r} does not exist; allowed: {', '.join(SPLITS)}")
-        if not 0 <= self.seed < 2**64:
-            self._refuse(f"seed={self.seed} is out of range; allowed: 0 to 2**64 - 1")
+        self._check_seed("seed")
 
     @property
     def vocab(self) -> int:
@@ -113,11 +112,32 @@ class Source:
                 f"{kind.__name__}, such as {default!r}"
             )
 
+    def _check_seed(self, name: str) -> None:
+        if not 0 <= getattr(self, name) < 2**64:
+            self._refuse(f"{name}={getattr(self, name)} is out of range; allowed: 0 to 2**64 - 1")
+
+    def _check_least(self, **least: int) -> None:
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                self._refuse(
+                    f"{name}={getattr(self, name)} is out of range; allowed: {low} or more"
+                )
+
     def _refuse(self, reason: str) -> NoReturn:
         raise ValueError(f"{self.name}: {reason}")
 
     def _bits(self, index: int, field: int) -> np.random.Philox:
         return draws.bits(self.seed, f"{self.name}/{self.split}", index, field)
+
+    def _scored(self, at: np.ndarray | int, answers, ago) -> Example:
+        """Targets, mask and distance of a row that is scored at the positions `at`.
+
+        answers: the tokens to predict there; ago: how many tokens before `at` they were shown.
+        """
+        targets, distance = np.zeros((2, self.length), np.int32)
+        mask = np.zeros(self.length, bool)
+        targets[at], distance[at], mask[at] = answers, ago, True
+        return {"targets": targets, "mask": mask, "distance": distance}
 
     def _index(self, index) -> int:
         index = operator.index(index)

@@ -68,13 +68,10 @@ class StackedMQAR(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("pairs", "width", "passes"):
-            if getattr(self, name) < 1:
-                self._refuse(f"{name}={getattr(self, name)} is out of range; allowed: 1 or more")
+        self._check_least(pairs=1, width=1, passes=1)
         if self.values < self.pairs:
             self._refuse(f"values={self.values} is out of range; allowed: pairs, {self.pairs}, up")
-        if not 0 <= self.table_seed < 2**64:
-            self._refuse(f"table_seed={self.table_seed} is out of range; allowed: 0 to 2**64 - 1")
+        self._check_seed("table_seed")
         needed = (self.passes + 1) * self.pairs
         if needed > self.length:
             self._refuse(
@@ -121,11 +118,8 @@ class StackedMQAR(Source):
         inputs[at, : self.width] = self.table[keys[asked]]
         last = np.empty(self.pairs, np.int64)  # where each key is written last
         last[orders[-2]] = len(written) - self.pairs + np.arange(self.pairs)
-        targets, distance = np.zeros((2, self.length), np.int32)
-        mask = np.zeros(self.length, bool)
-        targets[at], distance[at], mask[at] = values[asked], at - last[asked], True
-        example = {"inputs": inputs, "targets": targets, "mask": mask, "distance": distance}
-        return {**example, "pairs": np.array(self.pairs, np.int32)}
+        scored = self._scored(at, values[asked], at - last[asked])
+        return {"inputs": inputs, **scored, "pairs": np.array(self.pairs, np.int32)}
 
     def show(self, example: Example) -> list[str]:
         """The numbers of the keys and values that the vectors stand for."""

@@ -169,18 +169,11 @@ class Treecall(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        least = {"length": 6, "terminals": 2, "nonterminals": 1, "max_depth": 1, "max_rules": 1}
-        for name, low in {**least, "max_rhs_len": 2, "factor": 0}.items():
-            if getattr(self, name) < low:
-                self._refuse(
-                    f"{name}={getattr(self, name)} is out of range; allowed: {low} or more"
-                )
+        self._check_least(length=6, terminals=2, nonterminals=1, max_depth=1, max_rules=1)
+        self._check_least(max_rhs_len=2, factor=0)
         if not 0 <= self.held_out < 1:
             self._refuse(f"held_out={self.held_out} is out of range; allowed: 0 to below 1")
-        if not 0 <= self.grammar_seed < 2**64:
-            self._refuse(
-                f"grammar_seed={self.grammar_seed} is out of range; allowed: 0 to 2**64 - 1"
-            )
+        self._check_seed("grammar_seed")
         self.document(0)
 
     @property
@@ -221,7 +214,7 @@ class Treecall(Source):
             if sentence is None or len(sentence[0]) < 3:
                 continue
             words, parents = sentence
-            children = self._children(words, parents)
+            children = self.askable(words, parents)
             if children:
                 first, second = draws.uniforms(self._bits(index, _QUERY), 2)
                 target = sorted(children)[int(first * len(children))]
@@ -233,7 +226,7 @@ class Treecall(Source):
             "grammar_seed, or a larger length"
         )
 
-    def _children(self, words: list[int], parents: list[int]) -> dict[int, list[int]]:
+    def askable(self, words: list[int], parents: list[int]) -> dict[int, list[int]]:
         """The positions that may be asked for, by the position of their parent."""
         last = {word: at for at, word in enumerate(words)}
         children: dict[int, list[int]] = {}
@@ -254,16 +247,12 @@ class Treecall(Source):
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
         words, _, query, target = self.document(index)
-        inputs, targets, distance = np.zeros((3, self.length), np.int32)
-        mask = np.zeros(self.length, bool)
+        inputs = np.zeros(self.length, np.int32)
         at = len(words) + 2
         inputs[: at + 1] = [BOS, *(WORD + word for word in words), EOS, WORD + words[query]]
-        targets[at], distance[at], mask[at] = WORD + words[target], at - 1 - target, True
         return {
             "inputs": inputs,
-            "targets": targets,
-            "mask": mask,
-            "distance": distance,
+            **self._scored(at, WORD + words[target], at - 1 - target),
             "words": np.array(len(words), np.int32),
             "span": np.array(target - query, np.int32),
         }
