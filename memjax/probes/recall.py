@@ -9,7 +9,7 @@ after every few writes. Answers are divided by what a pair that is alone is answ
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -130,18 +130,13 @@ def answer(cell: MemoryCell, study: Study, lists: Lists) -> Answers:
 # ---------------------------------------------------------------- the probes
 
 
-def mean(values: np.ndarray) -> dict[str, float]:
-    """The mean of [seeds, ...], and the standard deviation of the seeds' means."""
-    each = values.reshape(len(values), -1).mean(axis=1)
-    return {"mean": float(each.mean()), "sd": float(each.std(ddof=1))}
-
-
-def averaged(found: Scores, **about: Any) -> dict[str, Any]:
-    """A row: what it is about, and each score's mean and deviation over seeds."""
+def averaged(figures: Mapping[str, np.ndarray], **about: Any) -> dict[str, Any]:
+    """A row: what it is about, and of each figure [seeds, ...] the mean and the standard deviation
+    of the seeds' means."""
     row = dict(about)
-    for name, values in found._asdict().items():
-        stated = mean(values)
-        row |= {name: stated["mean"], f"{name}_sd": stated["sd"]}
+    for name, values in figures.items():
+        each = values.reshape(len(values), -1).mean(axis=1)
+        row |= {name: float(each.mean()), f"{name}_sd": float(each.std(ddof=1))}
     return row
 
 
@@ -155,7 +150,7 @@ def different(answers: Answers, study: Study, lists: Lists, count: int, first: i
 def capacity(answers: Answers, study: Study, lists: Lists) -> list[dict]:
     """Scores of all stored pairs, a row for each number of pairs N."""
     return [
-        averaged(different(answers, study, lists, count, count), pairs=count)
+        averaged(different(answers, study, lists, count, count)._asdict(), pairs=count)
         for count in study.counts
     ]
 
@@ -170,7 +165,7 @@ def by_position(answers: Answers, study: Study, lists: Lists, parts: int = 8) ->
         for i in range(count // size):
             part = Scores(*(a[:, i * size : (i + 1) * size] for a in found))
             about = {"pairs": count, "from": i * size, "to": (i + 1) * size - 1}
-            rows.append(averaged(part, **about))
+            rows.append(averaged(part._asdict(), **about))
     return rows
 
 
@@ -181,7 +176,7 @@ def by_age(answers: Answers, study: Study, lists: Lists) -> list[dict]:
     edges = [0, *(2**i for i in range(20) if 2**i < count), count]
     for young, old in zip(edges, edges[1:], strict=False):
         part = Scores(*(a[:, count - old : count - young] for a in found))
-        rows.append(averaged(part, **{"pairs": count, "from": young, "to": old - 1}))
+        rows.append(averaged(part._asdict(), **{"pairs": count, "from": young, "to": old - 1}))
     return rows
 
 
@@ -194,7 +189,7 @@ def overwrite(answers: Answers, study: Study, lists: Lists) -> list[dict]:
         y = answers.after[count][study.seeds :, : study.keys]
         values = lists.values[study.seeds :, :count]
         found = scores(y, values[:, -study.keys :], values, lists.distractors)
-        rows.append(averaged(found, rebound=bound - 1))
+        rows.append(averaged(found._asdict(), rebound=bound - 1))
         bound *= 2
     return rows
 
@@ -208,8 +203,8 @@ def interference(answers: Answers, study: Study, lists: Lists) -> list[dict]:
         values = lists.values[: study.seeds]
         found = scores(y, values[:, : study.keys], values, lists.distractors)
         before = found.right if before is None else before
-        row = averaged(found, items=count - study.keys)
-        rows.append(row | {"change": mean(found.right - before)["mean"]})
+        row = averaged(found._asdict(), items=count - study.keys)
+        rows.append(row | {"change": float(np.mean(found.right - before))})
         count *= 2
     return rows
 
@@ -220,16 +215,8 @@ def over_time(answers: Answers, study: Study) -> list[dict]:
     rows = []
     for i, rank in enumerate(answers.rank):
         count = study.every * (i + 1)
-        figures = {
-            "norm": answers.norm[count - 1],
-            "write": answers.write[count - 1],
-            "rank": rank,
-        }
-        row: dict[str, Any] = {"pairs": count}
-        for name, values in figures.items():
-            stated = mean(values)
-            row |= {name: stated["mean"], f"{name}_sd": stated["sd"]}
-        rows.append(row)
+        figures = {"norm": answers.norm[count - 1], "write": answers.write[count - 1], "rank": rank}
+        rows.append(averaged(figures, pairs=count))
     return rows
 
 
