@@ -16,11 +16,13 @@ size=published is the mixture of Based (Arora et al. 2024, arXiv 2402.18668) for
 pairs. Theirs has no warm-up and no clipping, and steps down the learning rate once an epoch.
 """
 
+from typing import Any
+
 from memjax import defaults, tasks
 from memjax.config import UserError, parse_arg
 
 CELLS = "64x4,64x8,64x16,128x32"
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "mixture": {"task": "mqar", "cells": CELLS, "settings": "vocab=1024"},
     "mqar": {"vocab": 1024},
     "forgetting_mqar": {"updates": 8, "vocab": 1024},
@@ -33,7 +35,7 @@ SMALL = {
     "treecall": {"length": 64},
     "stacked_mqar": {"length": 32, "pairs": 16, "values": 1024},
 }  # fmt: skip
-PUBLISHED = {"task": "mqar", "cells": "based", "order": "published"}
+PUBLISHED: dict[str, Any] = {"task": "mqar", "cells": "based", "order": "published"}
 
 
 def get_config(arg=None):

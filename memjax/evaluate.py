@@ -33,6 +33,7 @@ MAY_DIFFER = (
 )  # fmt: skip
 PIECE = 4096  # tokens of a row that are read at once
 SHOWN = 10  # files in the table, hardest first
+MANY = 24  # values of a fact that have a line each
 LABELS = {"distance": "tokens since the answer", "to": "scored positions of the row"}
 
 Scored = dict[str, np.ndarray]
@@ -134,10 +135,10 @@ def of_task(batches: Iterator[Scored], chance: float) -> dict:
     if consecutive and count.max() > 1:
         found["by_position"] = _by_position(count, {**per_query, **losses}, holds)
     for name, marks in query.items():
-        by = grouped(name, marks, per_query, "queries")
+        by = grouped(name, marks, {**per_query, **losses}, "queries")
         found["by_" + name] = [{**line, name: bool(line[name])} for line in by[::-1]]
     for name, values in row.items():
-        found["by_" + name] = grouped(name, values, per_row, "rows")
+        found["by_" + name] = by_fact(name, values, per_row)
     return found
 
 
@@ -181,6 +182,20 @@ def _by_position(count: np.ndarray, figures: Mapping[str, np.ndarray], holds: np
     return [
         {**line, "sequence_accuracy": holds[count == line["to"]].mean(), "queries": number}
         for line, number in ((line, line.pop("queries")) for line in lines)
+    ]
+
+
+def by_fact(name: str, values: np.ndarray, figures: Mapping[str, np.ndarray]) -> list:
+    """The means of figures of rows for each value of a fact; for each octave of it where there are
+    more than MANY."""
+    if len(np.unique(values)) <= MANY:
+        return grouped(name, values, figures, "rows")
+    octaves = np.floor(np.log2(np.maximum(values, 1))).astype(int)
+    lines = grouped("octave", octaves, figures, "rows")
+    borders = [(values[octaves == n].min(), values[octaves == n].max()) for n in np.unique(octaves)]
+    return [
+        {name: int(low), "to": int(high)} | {k: v for k, v in line.items() if k != "octave"}
+        for line, (low, high) in zip(lines, borders, strict=True)
     ]
 
 

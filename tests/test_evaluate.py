@@ -142,6 +142,19 @@ def test_task_against_a_loop():
     assert shown[-1].split() == ["7", *(f"{row[f]:.4f}" for f in list(row)[1:3]), "3"]
 
 
+def test_a_fact_of_many_values_is_shown_by_octaves():
+    sizes = np.arange(40, 140)
+    right = np.random.default_rng(0).random(100)
+    lines = evaluate.by_fact("size", sizes, {"query_accuracy": right})
+    assert [(line["size"], line["to"], line["rows"]) for line in lines] == [
+        (40, 63, 24), (64, 127, 64), (128, 139, 12),
+    ]  # fmt: skip
+    for line in lines:
+        inside = (sizes >= line["size"]) & (sizes <= line["to"])
+        assert line["query_accuracy"] == pytest.approx(right[inside].mean())
+    assert len(evaluate.by_fact("size", sizes[:24], {"query_accuracy": right[:24]})) == 24
+
+
 def test_consecutive_positions_against_a_loop():
     """Rows of 7, 3 and 7 scored positions, and one that fills up the last batch."""
     rng = np.random.default_rng(1)

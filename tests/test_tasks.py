@@ -34,6 +34,30 @@ GOLDEN = {
     ("treecall", "test"): "95e672671ba061fe",
     ("passkey", "train"): "82c0c61fe4ab0f44",
     ("passkey", "test"): "0ce75bbdde4e29f6",
+    ("parity", "train"): "a1de08d4796fca93",
+    ("parity", "test"): "5843d9503fa9deda",
+    ("modular_arithmetic", "train"): "81657c1a236a23d7",
+    ("modular_arithmetic", "test"): "3a5e302d4b115407",
+    ("bracket_arithmetic", "train"): "0d5ca230df77db58",
+    ("bracket_arithmetic", "test"): "1a5cc3553df91c9d",
+    ("group_words", "train"): "d195d0305878ea7e",
+    ("group_words", "test"): "b47e3b479066c159",
+    ("in_context_recall", "train"): "4dced65ab7b46941",
+    ("in_context_recall", "test"): "7b540db343a6fe95",
+    ("noisy_recall", "train"): "83264d24c2ab3c8e",
+    ("noisy_recall", "test"): "5b22caabe4f083df",
+    ("fuzzy_recall", "train"): "a4eebd9e8bd30ed2",
+    ("fuzzy_recall", "test"): "5bf28502b57cdd95",
+    ("selective_copy", "train"): "83c755fe64b877e5",
+    ("selective_copy", "test"): "a5cccd2bfc8b79eb",
+    ("compression", "train"): "0cb9ca5fa1416199",
+    ("compression", "test"): "ffe7fe762bf68533",
+    ("memorization", "train"): "d08e405bcb97531f",
+    ("memorization", "test"): "3e0dba12e2cd77a5",
+    ("piecewise", "train"): "62db4ac5f45e931c",
+    ("piecewise", "test"): "8fa6841645d324ec",
+    ("bigrams", "train"): "ed392692eb099b8d",
+    ("bigrams", "test"): "b2f35f82767de76a",
 }
 # Settings for these tests where the defaults will not do; a changed one changes GOLDEN.
 SMALL = {"mqar": {"vocab": 1024}, "forgetting_mqar": {"vocab": 1024}, "passkey": {"distractors": 2}}
@@ -132,8 +156,9 @@ def test_format_of_an_example(name):
             vectors = key == "inputs" and source.features
             shape = (source.length, source.features) if vectors else (source.length,)
             assert array.shape == (shape if array.ndim else ())
+            real = vectors or key == "oracle"
             kind = np.int32 if key in OF_TOKENS or not array.ndim else np.bool_
-            assert array.dtype == (np.float32 if vectors else kind), key
+            assert array.dtype == (np.float32 if real else kind), key
         mask = example["mask"]
         assert 1 <= mask.sum() <= source.queries
         for key in keys - {"inputs", "mask"}:
@@ -203,12 +228,41 @@ def test_distribution_of_numbers(draw, law):
     assert np.abs(place - (np.arange(20000) + 0.5) / 20000).max() < 1.95 / np.sqrt(20000)  # .001
 
 
+def test_tuples_are_ordered_subsets_and_uniform():
+    drawn = draws.tuples(draws.bits(0, "test", 0, 0), 4, (6000, 3))
+    assert (np.sort(drawn, axis=1)[:, 1:] > np.sort(drawn, axis=1)[:, :-1]).all()
+    counts = np.unique(drawn @ [16, 4, 1], return_counts=True)[1]
+    assert len(counts) == 24 and chi_square(counts) < 49.7  # 23 degrees of freedom, p = 0.001
+
+
+def test_categorical_has_its_law():
+    law = np.array([0.5, 0.0, 0.3, 0.2])
+    counts = np.bincount(draws.categorical(draws.bits(0, "test", 0, 0), np.tile(law, (5000, 1))))
+    assert counts[1] == 0 and len(counts) == 4
+    assert chi_square(counts[law > 0], law[law > 0]) < 13.8  # 2 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("symbols", [2, 4])
+def test_half_dirichlet_has_its_moments(symbols):
+    """Means 1/K, variances (K - 1) / (K**2 (K/2 + 1)), sums 1."""
+    drawn = draws.half_dirichlet(draws.bits(0, "test", 0, 0), (5000, symbols))
+    assert drawn.shape == (5000, symbols)
+    np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-12)
+    mean, variance = 1 / symbols, (symbols - 1) / (symbols**2 * (symbols / 2 + 1))
+    assert (np.abs(drawn.mean(axis=0) - mean) < 4 * np.sqrt(variance / 5000)).all()
+    squares = (drawn - mean) ** 2
+    error = squares.std(axis=0) / np.sqrt(5000)
+    assert (np.abs(squares.mean(axis=0) - variance) < 4 * error).all()
+
+
 def test_draws_refuse_more_items_than_there_are():
     source = draws.bits(0, "test", 0, 0)
     with pytest.raises(ValueError, match="5 different items out of 4"):
         draws.subset(source, 4, 5)
     with pytest.raises(ValueError, match="5 different items out of 4"):
         draws.weighted_subset(source, np.zeros(4), 5)
+    with pytest.raises(ValueError, match="5 different items out of 4"):
+        draws.tuples(source, 4, (1, 5))
 
 
 # --- the command --------------------------------------------------------------------------------

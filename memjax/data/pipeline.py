@@ -164,6 +164,11 @@ class TextEvaluation:
         return examples(row)
 
 
+def blank(row: Batch, batch: int) -> Batch:
+    """A batch of rows of zeros with the shapes of `row`."""
+    return {key: np.zeros((batch, *array.shape), array.dtype) for key, array in row.items()}
+
+
 def evaluation_batches(
     rows: Any,
     *,

@@ -43,6 +43,7 @@ class Data:
     Attributes:
       train: endless batches of this shard. `iter(train)` gives an iterator with `get_state` and
         `set_state`; with workers, `close()` it after use.
+      example: a training batch of zeros, for its shapes.
       evaluation: called with no argument it yields every evaluation batch, the same each time;
         `evaluation(n)` yields at most n of them, spread evenly.
       evaluation_count: number of batches of `evaluation()`.
@@ -63,6 +64,7 @@ class Data:
     """
 
     train: grain.IterDataset
+    example: pipeline.Batch
     evaluation: Callable[..., Iterator[pipeline.Batch]]
     evaluation_count: int
     vocab: int
@@ -167,6 +169,7 @@ def _documents(train, heldout, facts, settings, batch, seed, shard, order):
             workers=workers,
             tokeniser=tokeniser,
         ),
+        example=pipeline.blank(rows[0], batch),
         **_evaluation(rows, len(rows), batch, shard),
         vocab=tokeniser.vocab,
         features=0,
@@ -197,6 +200,7 @@ def _task(name, settings, batch, seed, shard, order):
                f"{expected}, as in training", "leave it out there")  # fmt: skip
     return Data(
         train=pipeline.task_rows(source, batch=batch, shard=shard, seed=seed, examples=trained),
+        example=pipeline.blank(source[0], batch),
         **_evaluation(test, count, batch, shard),
         vocab=source.vocab,
         features=source.features,

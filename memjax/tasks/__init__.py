@@ -12,10 +12,16 @@ import difflib
 from typing import Any
 
 from memjax.tasks.associative_recall import AssociativeRecall
+from memjax.tasks.bigrams import Bigrams
+from memjax.tasks.formal import BracketArithmetic, ModularArithmetic, Parity
+from memjax.tasks.group_words import GroupWords
 from memjax.tasks.joint_recall import JointRecall
+from memjax.tasks.mad import Compression, Memorization, SelectiveCopy
+from memjax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from memjax.tasks.mixture import Mixture
 from memjax.tasks.mqar import MQAR, CompositionalMQAR, ForgettingMQAR
 from memjax.tasks.passkey import Passkey
+from memjax.tasks.piecewise import Piecewise
 from memjax.tasks.source import Source
 from memjax.tasks.stacked_mqar import StackedMQAR
 from memjax.tasks.treecall import Treecall
@@ -30,6 +36,18 @@ _TASKS: dict[str, type[Any]] = {
         JointRecall,
         AssociativeRecall,
         Treecall,
+        InContextRecall,
+        NoisyRecall,
+        FuzzyRecall,
+        SelectiveCopy,
+        Compression,
+        Memorization,
+        Parity,
+        ModularArithmetic,
+        BracketArithmetic,
+        GroupWords,
+        Piecewise,
+        Bigrams,
         Passkey,
         Mixture,
     )

@@ -62,6 +62,25 @@ def permutations(source: np.random.Philox, size: int | tuple[int, ...]) -> np.nd
     return np.argsort(uniforms(source, size), axis=-1, kind="stable")
 
 
+def categorical(source: np.random.Philox, probabilities: np.ndarray) -> np.ndarray:
+    """One draw from each row of probabilities [N, K], which sum to 1. int64[N], below K."""
+    bounds = np.cumsum(probabilities[:, :-1], axis=1)
+    return (uniforms(source, len(bounds))[:, None] >= bounds).sum(axis=1)
+
+
+def half_dirichlet(source: np.random.Philox, size: tuple[int, int]) -> np.ndarray:
+    """Independent draws of Dirichlet(1/2, .., 1/2), Jeffreys' prior of K symbols. float64[N, K].
+
+    Two symbols are Beta(1/2, 1/2), the law of sin**2(pi u / 2); more are squares of normals,
+    normalised. size: (N, K).
+    """
+    if size[1] == 2:
+        second = np.sin(np.pi / 2 * uniforms(source, size[0])) ** 2
+        return np.stack([1 - second, second], axis=1)
+    squares = normals(source, size) ** 2
+    return squares / squares.sum(axis=1, keepdims=True)
+
+
 def subset(source: np.random.Philox, n: int, k: int) -> np.ndarray:
     """An ordered k-subset of 0..n-1, all of them equally likely. int64[k].
 
@@ -76,6 +95,22 @@ def subset(source: np.random.Philox, n: int, k: int) -> np.ndarray:
         first = np.sort(np.unique(drawn, return_index=True)[1])
         if len(first) >= k:
             return drawn[first[:k]]
+
+
+def tuples(source: np.random.Philox, n: int, size: tuple[int, int]) -> np.ndarray:
+    """Independent ordered k-subsets of 0..n-1, all equally likely, for small k. int64[N, k].
+
+    The j-th member is drawn among the n - j integers that are left. size: (N, k); ValueError when
+    k > n.
+    """
+    k = size[1]
+    if k > n:
+        raise ValueError(f"cannot take {k} different items out of {n}")
+    members = (np.arange(n, n - k, -1) * uniforms(source, size)).astype(np.int64)
+    for j in range(1, k):
+        for taken in np.sort(members[:, :j], axis=1).T:  # ascending: each shifts what is above it
+            members[:, j] += members[:, j] >= taken
+    return members
 
 
 def weighted_subset(source: np.random.Philox, log_weights: np.ndarray, k: int) -> np.ndarray:
