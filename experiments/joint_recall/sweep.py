@@ -14,7 +14,7 @@ CELLS = (
     "attention", "sliding_window", "linear_attention", "mamba2", "delta_net", "gated_delta_net",
     "rwkv7",
 )  # fmt: skip
-RATES = (3e-3, 1e-2)
+RATES = (5e-3, 1e-2)
 SEEDS = (0, 1, 2)
 STEPS = 1500
 CHANCE = 1 / 8

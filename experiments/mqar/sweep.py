@@ -16,7 +16,7 @@ CELLS = (
     "gated_delta_net",
 )  # fmt: skip
 DIMS = (32, 64)
-RATES = (3e-3, 1e-2)
+RATES = (1e-2, 2e-2)
 SEEDS = (0, 1, 2)
 PAIRS = (4, 8, 16, 32, 64)  # 64: not in training
 TRAINED = PAIRS[:-1]
