@@ -3,10 +3,10 @@
     python -m memjax.train --config=configs/mad.py:gated_delta_net,task=selective_copy \\
         --workdir=runs/copy
 
-The first argument is a mixer as it reads: two layers of it with SwiGLU, RMSNorm in front of each, as
-theirs; width 64 instead of 128, fresh examples at every step instead of 12,800 for 200 epochs, and
-1000 steps of 32 rows, one to two minutes on a CPU core. `macro_accuracy` of memjax.evaluate is the
-published measure, a mean over answers; `query_accuracy` is the mean over positions.
+The first argument is a mixer as it reads: two layers of it with SwiGLU, RMSNorm in front of each,
+as theirs; width 64 instead of 128, fresh examples at every step instead of 12,800 for 200 epochs,
+and 1000 steps of 32 rows, one to two minutes on a CPU core. `macro_accuracy` of memjax.evaluate is
+the published measure, a mean over answers; `query_accuracy` is the mean over positions.
 memorization keeps MAD's 256 training rows with `--config.data.train_examples=256`.
 """
 

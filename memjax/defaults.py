@@ -5,8 +5,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict, config_dict
 
+from memjax.errors import UserError
+from memjax.nn.lm import LanguageModel, ModelConfig, blank
 from memjax.nn.stack import mixer_names, mixer_options
 
 
@@ -117,6 +120,25 @@ def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> C
             found[name][option] = value
         found[name] |= changes.get(name, {})
     return ConfigDict(found)
+
+
+def mlp(model: ConfigDict, parameters: int) -> float:
+    """The width of the MLPs, as a multiple of that of the model, with which a model (a config's
+    `model`) has so many parameters, to the nearest multiple of 8 channels.
+
+    Raises UserError for fewer parameters than the rest of the model has."""
+
+    def count(multiple):
+        sizes = ModelConfig(**{**model.to_dict(), "mlp": multiple})
+        shapes = jax.eval_shape(LanguageModel(sizes).init, jax.random.key(0), blank(sizes, 1, 2))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+    one, two = count(1.0), count(2.0)
+    hidden = 8 * round((1 + (parameters - one) / (two - one)) * model.dim / 8)
+    if hidden < 8:
+        least = round(one - (two - one) * (1 - 8 / model.dim))
+        raise UserError(f"parameters={parameters}: this model has at least {least}")
+    return hidden / model.dim
 
 
 def tiny_recall(data: dict[str, Any], *layers: str, vocab: int = 0, dim: int = 64) -> ConfigDict:

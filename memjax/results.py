@@ -36,6 +36,12 @@ def labels(rows: Iterable[Row], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
+def grouped(rows: Iterable[Row], name: str) -> dict[Any, list[Row]]:
+    """The rows of each value of a label, in the order in which they first come."""
+    rows = list(rows)
+    return {value: select(rows, **{name: value}) for value in labels(rows, name)}
+
+
 def mean(rows: Iterable[Row], name: str) -> float:
     """The mean of a figure over rows."""
     return statistics.mean(row[name] for row in rows)
@@ -49,6 +55,18 @@ def spread(rows: Sequence[Row], name: str, digits: int = 3) -> str:
     values = [row[name] for row in rows]
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     return f"{statistics.mean(values):.{digits}f} ({deviation:.{digits}f})"
+
+
+def draw_points(axes: Any, groups: Mapping[str, Sequence[Row]], figure: str) -> None:
+    """A line of matplotlib's `axes` for each group, from top to bottom: a point for each row, and
+    their mean as a bar."""
+    for height, group in enumerate(groups.values()):
+        values = [row[figure] for row in group]
+        axes.plot(values, [height] * len(values), "o", color="#1f77b4", alpha=0.7)
+        axes.plot([statistics.mean(values)], [height], "|", color="black", markersize=16)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.25)
 
 
 def markdown(table: Table) -> str:
@@ -75,3 +93,10 @@ def with_tables(text: str, tables: Mapping[str, Table]) -> str:
             )
         text = before + begin + markdown(table) + end + rest.partition(end)[2]
     return text
+
+
+def write_tables(readme: str, tables: Mapping[str, Table]) -> None:
+    """Makes the tables of a README.md file anew; see `with_tables`."""
+    with open(readme, encoding="utf-8") as file:
+        text = file.read()
+    write_text(readme, with_tables(text, tables))

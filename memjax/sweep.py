@@ -15,7 +15,11 @@ A trial is one run of `python -m memjax.train` in runs/<folder>/. Rows of result
 sweep file, have the trial's labels, its config and a hash of all its settings, and what the run
 measured at its last step. A trial whose row is there with the same hash is not trained again, and
 one that was interrupted continues; `--again` ignores the rows. One that fails is named and left
-out. `--show` trains nothing and writes the tables and the picture from the rows.
+out. `--show` trains nothing and writes the tables and the picture from the rows; `--rehash` gives
+the rows the hashes of today's settings, for a change of settings that changes no result.
+
+In place of trials, a file may have PARTS, the names of other experiments. They are run and shown
+first; then tables and draw are given the rows of all of them, each with its "experiment".
 """
 
 import concurrent.futures
@@ -56,11 +60,16 @@ class Trial:
         columns of its row.
       config: of `--config`, such as "configs/mqar.py:delta_net,seed=0".
       changes: dotted path -> value of settings that differ from it, such as {"optim.lr": 1e-3}.
+      init_from: a trial, trained first, whose last parameters this one starts with.
+      evaluations: arguments of `memjax.evaluate.evaluate`, such as {"length": 2048}, for each time
+        that `keep` is to be given figures; () for once, as in training.
     """
 
     labels: Mapping[str, Any]
     config: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    init_from: "Trial | None" = None
+    evaluations: Sequence[Mapping[str, int]] = ()
 
     @property
     def name(self) -> str:
@@ -73,8 +82,17 @@ class Trial:
         """Of all settings that a result depends on."""
         settings = config.load(self.config, self.changes)
         kept = ConfigDict({k: v for k, v in settings.items() if k not in MAY_CHANGE})
-        text = json.dumps(config.flatten(config.plain(kept)), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        known = config.flatten(config.plain(kept))
+        if self.init_from:
+            known["init_from"] = self.init_from.hash
+        if self.evaluations:
+            known["evaluations"] = [dict(arguments) for arguments in self.evaluations]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+
+    def described(self) -> results.Row:
+        """What its row says of the run's settings."""
+        start = {"init_from": self.init_from.described()} if self.init_from else {}
+        return {"config": self.config, "changes": dict(self.changes), **start, "hash": self.hash}
 
     def command(self, workdir: str) -> list[str]:
         """The command that trains it."""
@@ -85,6 +103,8 @@ class Trial:
 
 class Sweep:
     """A sweep file, its folder and its results.
+
+    parts: the sweeps of its PARTS.
 
     Raises UserError for a file that is missing, is no sweep, or has trials with the same labels.
     """
@@ -99,14 +119,21 @@ class Sweep:
         assert spec is not None and spec.loader is not None
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
-        for function in ("trials", "tables", "draw"):
+        parts = getattr(self.module, "PARTS", ())
+        for function in ("tables", "draw") if parts else ("trials", "tables", "draw"):
             if not callable(getattr(self.module, function, None)):
                 raise config.UserError(f"--sweep={path}: the file defines no function {function}")
-        self.trials: list[Trial] = self.module.trials()
+        beside = os.path.dirname(self.folder)
+        self.parts = [Sweep(os.path.join(beside, part, "sweep.py")) for part in parts]
+        self.trials: list[Trial] = [] if parts else self.module.trials()
         names = [trial.name for trial in self.trials]
         for name in names:
             if names.count(name) > 1:
                 raise config.UserError(f"--sweep={path}: two trials have the labels {name}")
+
+    def sweeps(self) -> list["Sweep"]:
+        """Its parts, and theirs, and itself."""
+        return [*(each for part in self.parts for each in part.sweeps()), self]
 
     def rows(self) -> dict[str, results.Row]:
         """The rows of results.jsonl by the name of the trial, in the order of the trials; rows of
@@ -114,6 +141,15 @@ class Sweep:
         rows = results.read(self.results)
         found = {trial.name: results.select(rows, **trial.labels)[:1] for trial in self.trials}
         return {name: row for name, group in found.items() for row in group}
+
+    def shown(self) -> list[results.Row]:
+        """The rows of which tables and picture are made."""
+        parts = [{"experiment": part.name, **row} for part in self.parts for row in part.shown()]
+        return [*parts, *self.rows().values()]
+
+    def tables(self) -> dict[str, results.Table]:
+        """The tables of its README.md."""
+        return self.module.tables(self.shown())
 
     def waiting(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those of `trials` that have no row, or one of other settings."""
@@ -125,16 +161,20 @@ class Sweep:
         rows = {**self.rows(), trial.name: row}
         results.write(self.results, (rows[t.name] for t in self.trials if t.name in rows))
 
+    def rehash(self) -> None:
+        """Gives every row its trial's settings and hash as they are today."""
+        rows = self.rows()
+        made = [{**rows[t.name], **t.described()} for t in self.trials if t.name in rows]
+        if made:
+            results.write(self.results, made)
+
     def show(self) -> None:
         """Writes the tables into the README.md and draws the picture."""
-        rows = list(self.rows().values())
-        if not rows:
+        if not self.shown():
             raise config.UserError(f"{self.results} has no row; run the sweep without --show first")
-        readme = os.path.join(self.folder, "README.md")
-        with open(readme, encoding="utf-8") as file:
-            text = file.read()
-        config.write_text(readme, results.with_tables(text, self.module.tables(rows)))
-        self.module.draw(rows).savefig(os.path.join(self.folder, f"{self.name}.png"))
+        results.write_tables(os.path.join(self.folder, "README.md"), self.tables())
+        figure = self.module.draw(self.shown())
+        figure.savefig(os.path.join(self.folder, f"{self.name}.png"))
 
 
 # ---------------------------------------------------------------- running
@@ -150,6 +190,7 @@ class Runner:
         self.sweep, self.jobs, self.root = sweep, jobs, root
         self.running: set[subprocess.Popen] = set()
         self.lock = threading.Lock()
+        self.workdirs: dict[str, threading.Lock] = {}  # held while a run is made there
         self.stopped = False
 
     def run(self, trials: Sequence[Trial]) -> list[str]:
@@ -180,6 +221,12 @@ class Runner:
         """The folder of a trial's run."""
         return os.path.join(self.root, self.sweep.name, f"{trial.name}-{trial.hash}")
 
+    def command(self, trial: Trial) -> list[str]:
+        """The command that trains a trial in its workdir."""
+        first = trial.init_from
+        start = [f"--config.init_from={self.workdir(first)}"] if first else []
+        return [*trial.command(self.workdir(trial)), *start]
+
     def stop(self) -> None:
         """Asks the runs to save and end, and starts no other."""
         with self.lock:
@@ -190,49 +237,54 @@ class Runner:
     def _one(self, trial: Trial) -> results.Row | None:
         """The row of one trial; None when it fails."""
         began = time.monotonic()
-        workdir = self.workdir(trial)
-        summary = self._trained(trial, workdir)
+        summary = self._trained(trial)
         if summary is None:
             return None
-        row: results.Row = {
-            "config": trial.config,
-            "changes": dict(trial.changes),
-            "hash": trial.hash,
-        }
-        row |= {name: summary[name] for name in KEPT if name in summary}
+        row = trial.described() | {name: summary[name] for name in KEPT if name in summary}
         if hasattr(self.sweep.module, "keep"):
-            row |= self.sweep.module.keep(_evaluated(workdir))
+            workdir = self.workdir(trial)
+            row |= self.sweep.module.keep(
+                *(_evaluated(workdir, arguments) for arguments in trial.evaluations or ({},))
+            )
         row["wall"] = round(time.monotonic() - began, 1)
         return {**trial.labels, **row, **trial.labels}
 
-    def _trained(self, trial: Trial, workdir: str) -> dict[str, Any] | None:
-        """The summary of a run that is finished, now or earlier; None when it fails."""
+    def _trained(self, trial: Trial) -> dict[str, Any] | None:
+        """The summary of a run that is finished, now or earlier; None when it, or the run that it
+        starts from, fails."""
+        if trial.init_from and self._trained(trial.init_from) is None:
+            return None
+        workdir = self.workdir(trial)
         path = os.path.join(workdir, "summary.json")
-        if not _finished(path):
-            environment = {"JAX_COMPILATION_CACHE_DIR": os.path.join(self.root, "compiled")}
-            environment |= os.environ
-            if self.jobs > 1:
-                one_core = "--xla_cpu_multi_thread_eigen=false"
-                environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {one_core}".strip()
-            os.makedirs(os.path.dirname(workdir), exist_ok=True)
-            with open(f"{workdir}.log", "a", encoding="utf-8") as log:
-                with self.lock:
-                    if self.stopped:
-                        return None
-                    process = subprocess.Popen(
-                        trial.command(workdir),
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,  # Ctrl-C reaches it through `stop` alone
-                    )
-                    self.running.add(process)
-                code = process.wait()
-                with self.lock:
-                    self.running.discard(process)
-            if code:
+        with self.workdirs.setdefault(workdir, threading.Lock()):
+            if not _finished(path) and self._process(trial, f"{workdir}.log"):
                 return None
         return _finished(path)
+
+    def _process(self, trial: Trial, log: str) -> int:
+        """Runs a trial's command, its output added to the file `log`; the exit code."""
+        environment = {"JAX_COMPILATION_CACHE_DIR": os.path.join(self.root, "compiled")}
+        environment |= os.environ
+        if self.jobs > 1:
+            one_core = "--xla_cpu_multi_thread_eigen=false"
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {one_core}".strip()
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            with self.lock:
+                if self.stopped:
+                    return UNFINISHED
+                process = subprocess.Popen(
+                    self.command(trial),
+                    env=environment,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,  # Ctrl-C reaches it through `stop` alone
+                )
+                self.running.add(process)
+            code = process.wait()
+            with self.lock:
+                self.running.discard(process)
+        return code
 
 
 def _finished(path: str) -> dict[str, Any] | None:
@@ -244,11 +296,12 @@ def _finished(path: str) -> dict[str, Any] | None:
     return summary if summary["finished"] else None
 
 
-def _evaluated(workdir: str) -> dict[str, Any]:
-    """The figures of a finished run on its held-out data, made once."""
-    path = os.path.join(workdir, "evaluation.json")
+def _evaluated(workdir: str, arguments: Mapping[str, int]) -> dict[str, Any]:
+    """The figures of a finished run by `evaluate` with these arguments, made once."""
+    words = "".join(f"-{name}-{value}" for name, value in arguments.items())
+    path = os.path.join(workdir, f"evaluation{words}.json")
     if not os.path.exists(path):
-        metrics.write_json(path, evaluate.evaluate(workdir))
+        metrics.write_json(path, evaluate.evaluate(workdir, **arguments))
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
@@ -291,6 +344,24 @@ def define_flags() -> None:
     flags.DEFINE_bool("again", False, "train also what the results have")
     flags.DEFINE_bool("dry_run", False, "print the commands and train nothing")
     flags.DEFINE_bool("show", False, "train nothing; write tables and picture from the results")
+    flags.DEFINE_bool("rehash", False, "train nothing; give the rows the hashes of these settings")
+
+
+def train(sweep: Sweep, trials: Sequence[Trial]) -> list[str]:
+    """Trains those of a sweep's trials that have no row, as the flags say; the names of those that
+    failed."""
+    given = flags.FLAGS
+    waiting = trials if given.again else sweep.waiting(trials)
+    runner = Runner(sweep, given.jobs, given.runs)
+    if trials:
+        known = len(trials) - len(waiting)
+        print(f"{sweep.name}: {len(trials)} trials, {known} of them in the results")
+    if not given.dry_run:
+        return runner.run(waiting)
+    for trial in waiting:
+        for run in filter(None, (trial.init_from, trial)):
+            print(shlex.join(runner.command(run)))
+    return []
 
 
 @config.exit_on_user_error
@@ -299,27 +370,26 @@ def main(argv: Sequence[str]) -> int:
         raise config.UserError(f"{argv[1]!r} is no flag; flags begin with --")
     logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     given = flags.FLAGS
-    sweep = Sweep(given.sweep)
+    sweeps = Sweep(given.sweep).sweeps()
     failed: list[str] = []
+    if given.rehash:
+        for each in sweeps:
+            each.rehash()
+        return 0
     if not given.show:
-        trials = chosen(sweep.trials, given.only)
-        waiting = trials if given.again else sweep.waiting(trials)
-        print(f"{len(trials)} trials, {len(trials) - len(waiting)} of them in the results")
-        runner = Runner(sweep, given.jobs, given.runs)
-        if given.dry_run:
-            for trial in waiting:
-                print(shlex.join(trial.command(runner.workdir(trial))))
-            return 0
+        trials = chosen([trial for each in sweeps for trial in each.trials], given.only)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            failed = runner.run(waiting)
+            for each in sweeps:
+                failed += train(each, [trial for trial in each.trials if trial in trials])
         except KeyboardInterrupt:
             print("stopped; the same command continues")
             return UNFINISHED
     if failed:
         print(f"failed: {', '.join(failed)}; see their .log in {given.runs}", file=sys.stderr)
-    if given.show or sweep.rows():
-        sweep.show()
+    for each in () if given.dry_run else sweeps:
+        if given.show or each.shown():
+            each.show()
     return int(bool(failed))
 
 

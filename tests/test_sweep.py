@@ -1,5 +1,6 @@
 """The command that trains what an experiment lists, and the tables of its rows."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,9 +12,11 @@ import time
 
 import pytest
 import tiny_runs as runs
+from matplotlib.figure import Figure
 
 from memjax import config, results, sweep
 
+CONFIG = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "mqar.py")
 FILE = """
 from matplotlib.figure import Figure
 from memjax import results
@@ -34,11 +37,34 @@ def draw(rows):
     return Figure()
 """
 README = "# Which?\n\n<!-- table: accuracy -->\nold\n<!-- /table -->\n\nThat one.\n"
+STARTED = """
+def trials():
+    first = Trial({"part": "first"}, "{CONFIG}:delta_net")
+    return [
+        Trial({"part": n}, "{CONFIG}:delta_net", {}, first, [{"length": 64}, {"length": n}])
+        for n in (128, 256)
+    ]
+
+def keep(*found):
+    return {"lengths": list(found)}
+"""
+PARTS = """
+from matplotlib.figure import Figure
+
+PARTS = ("experiment", "other")
+
+def tables(rows):
+    return {"rows": (["experiment", "cell"], [[row["experiment"], row["cell"]] for row in rows])}
+
+def draw(rows):
+    return Figure()
+"""
 # Stands for the training command: fails on rwkv4, seed 1, unless a file says otherwise.
 FAKE = """
 import json, os, sys, time
 workdir = sys.argv[1]
-open(os.path.join(os.path.dirname(workdir), "runs.txt"), "a").write(workdir + "\\n")
+line = " ".join([os.path.basename(workdir), *sys.argv[2:]])
+open(os.path.join(os.path.dirname(workdir), "runs.txt"), "a").write(line + "\\n")
 if "rwkv4-1" in workdir and not os.path.exists("mended"):
     sys.exit(1)
 time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
@@ -53,8 +79,7 @@ def file(tmp_path, monkeypatch):
     """A sweep of four trials, whose runs are made by FAKE."""
     folder = tmp_path / "experiment"
     folder.mkdir()
-    configs = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "mqar.py")
-    (folder / "sweep.py").write_text(FILE.replace("{CONFIG}", configs))
+    (folder / "sweep.py").write_text(FILE.replace("{CONFIG}", CONFIG))
     (folder / "README.md").write_text(README)
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(
@@ -70,10 +95,14 @@ def command(capsys):
     return functools.partial(runs.called, sweep, capsys)
 
 
-def made(file):
-    """How many runs were begun so far."""
+def begun(file):
+    """What was begun so far: the name of each run's folder, and further arguments."""
     log = file.parent.parent / "runs" / "experiment" / "runs.txt"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def made(file):
+    return len(begun(file))
 
 
 def rows_of(file):
@@ -111,12 +140,91 @@ def test_other_settings_are_another_trial(file, command):
     assert rows_of(file)[0]["changes"] == {"batch": 8}
 
 
+def test_a_run_from_another_evaluated_several_times(file, command, monkeypatch):
+    """Both trials start from one run, which is made once."""
+    calls = []
+
+    def evaluate(workdir, **arguments):
+        calls.append((os.path.basename(workdir), arguments))
+        return dict(arguments)
+
+    monkeypatch.setattr(sweep.evaluate, "evaluate", evaluate)
+    monkeypatch.setenv("FAKE_SECONDS", "0.2")
+    file.write_text(file.read_text() + STARTED.replace("{CONFIG}", CONFIG))
+    file.write_text(file.read_text().replace('"cell"', '"part"'))
+    code, out, err = command(f"--sweep={file}", "--jobs=2")
+    assert (code, err) == (0, ""), out
+    first, *later = begun(file)
+    assert first.startswith("first-") and len(later) == 2
+    for line in later:
+        assert line.endswith(f" --config.init_from={os.path.join('runs', 'experiment', first)}")
+    assert [row["lengths"] for row in rows_of(file)] == [
+        [{"length": 64}, {"length": n}] for n in (128, 256)
+    ]
+    begin = rows_of(file)[0]["init_from"]
+    assert first == f"first-{begin['hash']}" and begin["config"].endswith("mqar.py:delta_net")
+    command(f"--sweep={file}", "--again")
+    assert len(calls) == 4 and made(file) == 3  # all of it was in runs/
+    out = command(f"--sweep={file}", "--again", "--dry_run", "--only=part=128")[1]
+    assert [first in line for line in out.splitlines()[1:]] == [True, True]
+
+
+def test_a_run_whose_first_one_fails_is_not_begun(file, command):
+    text = STARTED.replace("{CONFIG}", CONFIG).replace('"part": "first"', '"part": "rwkv4-1"')
+    file.write_text(file.read_text() + text)
+    code, _, err = command(f"--sweep={file}")
+    assert code == 1 and "failed: 128, 256" in err
+    assert all(line.startswith("rwkv4-1-") for line in begun(file))
+
+
+def test_an_experiment_of_others(file, command):
+    """Both parts are trained and shown, and so is what is made of them."""
+    root = file.parent.parent
+    for name, text in (("other", file.read_text()), ("both", PARTS)):
+        (root / name).mkdir()
+        (root / name / "sweep.py").write_text(text)
+        (root / name / "README.md").write_text(README.replace("accuracy", "rows"))
+    (root / "other" / "README.md").write_text(README)
+    both = root / "both" / "sweep.py"
+    code, out, err = command(f"--sweep={both}", "--only=cell=delta_net")
+    assert (code, err) == (0, ""), out
+    assert "experiment: 2 trials, 0 of" in out and "other: 2 trials, 0 of" in out
+    lines = "| experiment | delta_net |\n" * 2 + "| other | delta_net |\n" * 2
+    assert lines in (root / "both" / "README.md").read_text()
+    for name in ("both", "other", "experiment"):
+        assert (root / name / f"{name}.png").exists()
+        assert (root / name / "results.jsonl").exists() == (name != "both")
+    both.write_text(PARTS.replace("other", "nowhere"))
+    code, _, err = command(f"--sweep={both}")
+    assert code == 2 and re.search("nowhere/sweep.py: no such file", err)
+
+
+def test_rehash_trains_nothing(file, command):
+    command(f"--sweep={file}", "--only=cell=delta_net")
+    before = rows_of(file)
+    file.write_text(file.read_text().replace('{"batch": 4}', '{"batch": 8}'))
+    assert command(f"--sweep={file}", "--rehash")[0] == 0
+    new = {"changes": {"batch": 8}}
+    for old, row in zip(before, rows_of(file), strict=True):
+        assert row["hash"] != old["hash"] and row == old | new | {"hash": row["hash"]}
+    assert "2 trials, 2 of them" in command(f"--sweep={file}", "--only=cell=delta_net")[1]
+    assert made(file) == 2
+
+
 def test_hash_knows_what_a_result_depends_on():
     def of(**changes):
         return sweep.Trial({}, "configs/mqar.py:delta_net", changes).hash
 
     assert of() == of(**{"log.every": 7}) == of(**{"checkpoint.every": 7})
     assert len({of(), of(**{"optim.lr": 0.5}), of(**{"data.pairs": 4}), of(seed=1)}) == 4
+    begin = sweep.Trial({}, CONFIG)
+    others = [
+        {},
+        {"init_from": begin},
+        {"init_from": dataclasses.replace(begin, changes={"steps": 1})},
+        {"evaluations": [{"length": 128}]},
+    ]
+    assert len({sweep.Trial({}, CONFIG, {}, **other).hash for other in others}) == len(others)
 
 
 def test_show_trains_nothing(file, command):
@@ -191,6 +299,19 @@ def test_a_table_needs_its_place():
         results.with_tables(text, {"three": table})
 
 
+def test_points():
+    """A line for each group, the first on top, with its mean."""
+    rows = [{"cell": "b", "x": 0.5}, {"cell": "a", "x": 0.7}, {"cell": "b", "x": 1.0}]
+    groups = results.grouped(rows, "cell")
+    assert groups == {"b": [rows[0], rows[2]], "a": [rows[1]]}
+    axes = Figure().subplots()
+    results.draw_points(axes, groups, "x")
+    found = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert found == [([0.5, 1.0], [0, 0]), ([0.75], [0]), ([0.7], [1]), ([0.7], [1])]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
+    assert axes.yaxis_inverted()
+
+
 def test_spread():
     rows = [{"cell": "a", "x": 0.5}, {"cell": "a", "x": 0.7}, {"cell": "b", "x": 1.0}]
     assert results.spread(results.select(rows, cell="a"), "x") == "0.600 (0.141)"
@@ -204,8 +325,7 @@ def test_a_real_run(tmp_path, command, monkeypatch):
     """One trial by the training command, with figures of its evaluation."""
     folder = tmp_path / "experiment"
     folder.mkdir()
-    configs = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "mqar.py")
-    text = FILE.replace("{CONFIG}", configs).replace(
+    text = FILE.replace("{CONFIG}", CONFIG).replace(
         '{"batch": 4}', '{"batch": 4, "steps": 2, "optim.warmup": 1}'
     )
     text += "\ndef keep(found):\n    return {'near': found['by_distance'][0]}\n"

@@ -26,8 +26,7 @@ def trials():
 def tables(rows):
     head = ["cell", "query accuracy, seeds in order", "mean (sd)", "seconds of training"]
     lines = []
-    for cell in CELLS:
-        group = results.select(rows, cell=cell)
+    for cell, group in results.grouped(rows, "cell").items():
         each = ", ".join(f"{row['query_accuracy']:.4f}" for row in group)
         seconds = ", ".join(f"{row['seconds']:.0f}" for row in group)
         lines.append([f"`{cell}`", each, results.spread(group, "query_accuracy", 4), seconds])
@@ -38,15 +37,7 @@ def draw(rows):
     """A row of points for each cell, a point a seed, and the mean as a bar."""
     figure = Figure(figsize=(7, 3), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for height, cell in enumerate(CELLS):
-        group = results.select(rows, cell=cell)
-        values = [row["query_accuracy"] for row in group]
-        axes.plot(values, [height] * len(values), "o", color="#1f77b4", alpha=0.7)
-        middle = results.mean(group, "query_accuracy")
-        axes.plot([middle], [height], "|", color="black", markersize=16)
+    results.draw_points(axes, results.grouped(rows, "cell"), "query_accuracy")
     axes.axvline(AIM, color="0.5", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(CELLS)), CELLS)
-    axes.set_ylim(len(CELLS) - 0.5, -0.5)
     axes.set_xlabel("query accuracy at the last step; one point a seed, bar: mean")
-    axes.grid(axis="x", alpha=0.25)
     return figure

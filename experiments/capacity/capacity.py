@@ -1,7 +1,7 @@
 """What does each memory hold before it is trained, and do the closed forms say so?
 
-    python experiments/capacity/measure.py          # measures what results.jsonl has not yet
-    python experiments/capacity/measure.py --show   # the tables and the picture from the rows
+    python experiments/capacity/capacity.py          # measures what results.jsonl has not yet
+    python experiments/capacity/capacity.py --show   # the tables and the picture from the rows
 
 Every cell with plain inputs, and two variants: what fades by 0.95 a write, and a delta rule of
 strength one half (see memjax/probes/recall.py).
@@ -17,7 +17,8 @@ from memjax.config_text import write_text
 from memjax.probes import recall
 from memjax.train import versions
 
-HERE = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parent
+RESULTS = str(FOLDER / "results.jsonl")
 SEEDS = 20
 PLAIN = "plain"
 # variant: (settings of the study, its cells)
@@ -38,8 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--show", action="store_true", help="measure nothing")
     given = parser.parse_args()
-    path = str(HERE / "results.jsonl")
-    rows = results.read(path)
+    rows = results.read(RESULTS)
     for variant, (settings, names) in () if given.show else VARIANTS.items():
         study = recall.Study(seeds=SEEDS, **settings)
         lists = recall.draw(study)
@@ -53,12 +53,12 @@ def main():
             labels = {"cell": name, "variant": variant}
             about = {"study": dataclasses.asdict(study), "seconds": seconds, "versions": versions()}
             rows.append({**labels, **rounded(found), **about})
-            results.write(path, rows)
+            results.write(RESULTS, rows)
             print(f"{variant}, {name}: {seconds} s", flush=True)
-    readme = HERE / "README.md"
+    readme = FOLDER / "README.md"
     text = results.with_tables(readme.read_text(encoding="utf-8"), tables(rows))
     write_text(str(readme), text)
-    draw(rows).savefig(HERE / "capacity.png")
+    draw(rows).savefig(FOLDER / "capacity.png")
 
 
 def rounded(value):
