@@ -123,22 +123,20 @@ def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> C
 
 
 def mlp(model: ConfigDict, parameters: int) -> float:
-    """The width of the MLPs, as a multiple of that of the model, with which a model (a config's
-    `model`) has so many parameters, to the nearest multiple of 8 channels.
+    """The width of SwiGLU or GeGLU, as a multiple of that of the model, with which a model (a
+    config's `model`) has so many parameters, to the nearest multiple of 8 channels.
 
     Raises UserError for fewer parameters than the rest of the model has."""
-
-    def count(multiple):
-        sizes = ModelConfig(**{**model.to_dict(), "mlp": multiple})
-        shapes = jax.eval_shape(LanguageModel(sizes).init, jax.random.key(0), blank(sizes, 1, 2))
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-
-    one, two = count(1.0), count(2.0)
-    hidden = 8 * round((1 + (parameters - one) / (two - one)) * model.dim / 8)
+    sizes = ModelConfig(**{**model.to_dict(), "mlp": 1.0})
+    net = LanguageModel(sizes)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), blank(sizes, 1, 2))["params"]
+    of_channel = 3 * sizes.dim * sizes.depth  # its numbers in the three matrices of all layers
+    rest = sum(leaf.size for leaf in jax.tree.leaves(shapes)) - of_channel * sizes.dim
+    hidden = 8 * round((parameters - rest) / of_channel / 8)
     if hidden < 8:
-        least = round(one - (two - one) * (1 - 8 / model.dim))
+        least = rest + 8 * of_channel
         raise UserError(f"parameters={parameters}: this model has at least {least}")
-    return hidden / model.dim
+    return hidden / sizes.dim
 
 
 def tiny_recall(data: dict[str, Any], *layers: str, vocab: int = 0, dim: int = 64) -> ConfigDict:

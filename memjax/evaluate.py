@@ -125,6 +125,7 @@ def of_task(batches: Iterator[Scored], chance: float) -> dict:
     found = {
         "query_accuracy": right.mean(),
         "sequence_accuracy": per_row["sequence_accuracy"].mean(),
+        "chance": chance,
         "scaled_accuracy": train_step.scaled(right.mean(), chance),
         "macro_accuracy": np.mean([line["query_accuracy"] for line in by_answer]),
         **{name: values.mean() for name, values in losses.items()},

@@ -67,9 +67,7 @@ def keep(found):
     """Accuracy by the size of expressions, scaled so that a guess has 0; of words, of a position
     and of all up to it."""
     if "by_size" in found:
-        chance = (found["query_accuracy"] - found["scaled_accuracy"]) / (
-            1 - found["scaled_accuracy"]
-        )
+        chance = found["chance"]
         by = {
             2 ** int(math.log2(line["size"])): line["query_accuracy"] for line in found["by_size"]
         }
