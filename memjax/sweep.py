@@ -14,29 +14,34 @@ A sweep file is Python and defines
 A trial is one run of `python -m memjax.train` in runs/<folder>/. Rows of results.jsonl, beside the
 sweep file, have the trial's labels, its config and a hash of all its settings, and what the run
 measured at its last step. A trial whose row is there with the same hash is not trained again, and
-one that was interrupted continues; `--again` ignores the rows. One that fails is named and left
-out. `--show` trains nothing and writes the tables and the picture from the rows; `--rehash` gives
-the rows the hashes of today's settings, for a change of settings that changes no result.
+one that was interrupted continues; `--again` makes the rows anew, from the finished runs that are
+in runs/. One that fails is named and left out. Rows of no trial stay in the file and are not shown.
+`--show` trains nothing and writes the tables and the picture from the rows; `--rehash` gives the
+rows the hashes of today's settings, for a change of settings that changes no result. Sweeps may run
+at once: one waits for the end of a run that another one makes, or that a killed one left behind.
 
 In place of trials, a file may have PARTS, the names of other experiments. They are run and shown
 first; then tables and draw are given the rows of all of them, each with its "experiment".
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -112,7 +117,8 @@ class Sweep:
     def __init__(self, path: str):
         if not os.path.isfile(path):
             raise config.UserError(f"--sweep={path}: no such file; give the path of a sweep.py")
-        self.folder = os.path.dirname(os.path.abspath(path))
+        self.path = os.path.abspath(path)
+        self.folder = os.path.dirname(self.path)
         self.name = os.path.basename(self.folder)
         self.results = os.path.join(self.folder, "results.jsonl")
         spec = importlib.util.spec_from_file_location(f"memjax_sweep_{self.name}", path)
@@ -158,15 +164,32 @@ class Sweep:
 
     def add(self, trial: Trial, row: results.Row) -> None:
         """Writes a trial's row, in the place of the one that it had."""
-        rows = {**self.rows(), trial.name: row}
-        results.write(self.results, (rows[t.name] for t in self.trials if t.name in rows))
+        with self._alone():
+            self._write({**self.rows(), trial.name: row})
 
     def rehash(self) -> None:
         """Gives every row its trial's settings and hash as they are today."""
-        rows = self.rows()
-        made = [{**rows[t.name], **t.described()} for t in self.trials if t.name in rows]
+        with self._alone():
+            rows = self.rows()
+            self._write(
+                {t.name: rows[t.name] | t.described() for t in self.trials if t.name in rows}
+            )
+
+    def _write(self, rows: Mapping[str, results.Row]) -> None:
+        """Writes rows by the name of the trial, then those of no trial, as they are."""
+        made = [rows[t.name] for t in self.trials if t.name in rows]
+        for row in results.read(self.results):
+            if not any(results.select([row], **trial.labels) for trial in self.trials):
+                made.append(row)
         if made:
             results.write(self.results, made)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other sweep of this file writes rows."""
+        with open(self.path, encoding="utf-8") as file:
+            _lock(file, wait=True)
+            yield
 
     def show(self) -> None:
         """Writes the tables into the README.md and draws the picture."""
@@ -270,6 +293,9 @@ class Runner:
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {one_core}".strip()
         os.makedirs(os.path.dirname(log), exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
+            self._wait(file)
+            if _finished(os.path.join(self.workdir(trial), "summary.json")):
+                return 0
             with self.lock:
                 if self.stopped:
                     return UNFINISHED
@@ -286,6 +312,27 @@ class Runner:
                 self.running.discard(process)
         return code
 
+    def _wait(self, log: TextIO) -> None:
+        """Waits for the end of another sweep's run with this log, as long as this one goes on. The
+        lock is also the run's, whose output the log is, so that it outlives a sweep's kill."""
+        told = False
+        while not (self.stopped or _lock(log, wait=False)):
+            if not told:
+                print(f"{log.name}: waiting for a run that another sweep began", flush=True)
+            told = True
+            time.sleep(0.2)
+
+
+def _lock(file: TextIO, wait: bool) -> bool:
+    """Locks a file until every process that was given it has closed it; False if it is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
 
 def _finished(path: str) -> dict[str, Any] | None:
     """The summary of a finished run."""
@@ -297,9 +344,10 @@ def _finished(path: str) -> dict[str, Any] | None:
 
 
 def _evaluated(workdir: str, arguments: Mapping[str, int]) -> dict[str, Any]:
-    """The figures of a finished run by `evaluate` with these arguments, made once."""
+    """The figures of a finished run by `evaluate` with these arguments, made once; not those that
+    the command left there, which may be of a few rows or another step."""
     words = "".join(f"-{name}-{value}" for name, value in arguments.items())
-    path = os.path.join(workdir, f"evaluation{words}.json")
+    path = os.path.join(workdir, f"sweep{words}.json")
     if not os.path.exists(path):
         metrics.write_json(path, evaluate.evaluate(workdir, **arguments))
     with open(path, encoding="utf-8") as file:
@@ -317,18 +365,21 @@ def _told(row: results.Row | None) -> str:
 
 
 def chosen(trials: Sequence[Trial], only: str) -> list[Trial]:
-    """The trials whose labels have the values that `only` gives, as in 'cell=delta_net,seed=0'.
+    """The trials whose labels have the values that `only` gives, as in 'cell=delta_net,seed=0'; a
+    comma is part of a value unless a label and "=" follow.
 
     Raises UserError for a label or a value that no trial has.
     """
     kept = list(trials)
-    for part in filter(None, only.split(",")):
+    names = "|".join({re.escape(name) for trial in trials for name in trial.labels})
+    for part in filter(None, re.split(f",(?=(?:{names})=)", only)):
         label, _, value = part.partition("=")
         known = {str(trial.labels[label]) for trial in trials if label in trial.labels}
         if value not in known:
             allowed = sorted(known) or sorted({name for t in trials for name in t.labels})
+            words = [repr(word) if "," in word else word for word in allowed]
             raise config.UserError(
-                f"--only={part}: no trial has it; allowed are {', '.join(allowed)}."
+                f"--only={part}: no trial has it; allowed are {', '.join(words)}."
                 f"{config.did_you_mean(value, known)}"
             )
         kept = [trial for trial in kept if str(trial.labels.get(label)) == value]
@@ -341,7 +392,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("jobs", 1, "runs at a time, one core each if > 1", lower_bound=1)
     flags.DEFINE_string("only", "", "trials with these labels, such as cell=delta_net,seed=0")
     flags.DEFINE_string("runs", "runs", "folder for the workdirs of all sweeps")
-    flags.DEFINE_bool("again", False, "train also what the results have")
+    flags.DEFINE_bool("again", False, "make the rows that the results have anew")
     flags.DEFINE_bool("dry_run", False, "print the commands and train nothing")
     flags.DEFINE_bool("show", False, "train nothing; write tables and picture from the results")
     flags.DEFINE_bool("rehash", False, "train nothing; give the rows the hashes of these settings")

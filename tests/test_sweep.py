@@ -1,5 +1,6 @@
 """The command that trains what an experiment lists, and the tables of its rows."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -211,6 +212,46 @@ def test_rehash_trains_nothing(file, command):
     assert made(file) == 2
 
 
+def test_rows_of_no_trial_stay(file, command):
+    """Trials that are left out of the file for a while lose no results."""
+    command(f"--sweep={file}", "--only=cell=delta_net")
+    lost, kept = rows_of(file)
+    file.write_text(file.read_text().replace("(0, 1)", "(1, 2)"))
+    command(f"--sweep={file}", "--only=cell=delta_net")
+    assert [row["seed"] for row in rows_of(file)] == [1, 2, 0]
+    assert rows_of(file)[0] == kept and rows_of(file)[2] == lost
+    assert len(sweep.Sweep(str(file)).shown()) == 2
+    assert command(f"--sweep={file}", "--rehash")[0] == 0
+    assert rows_of(file)[2] == lost
+
+
+def test_rows_are_written_one_after_another(file, monkeypatch):
+    """Of sweeps that read and write at once none loses another one's row."""
+    read = results.read
+    monkeypatch.setattr(results, "read", lambda path: time.sleep(0.02) or read(path))
+    sweeps = [sweep.Sweep(str(file)) for _ in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [
+            pool.submit(each.add, trial, dict(trial.labels))
+            for each, trial in zip(sweeps, sweeps[0].trials, strict=True)
+        ]
+        for future in futures:
+            future.result()
+    assert rows_of(file) == [trial.labels for trial in sweeps[0].trials]
+
+
+def test_figures_are_the_sweeps_own(file, command, monkeypatch):
+    """What `memjax.evaluate` wrote into the run's folder is of whatever it was asked for."""
+    monkeypatch.setattr(sweep.evaluate, "evaluate", lambda workdir: {"whole": True})
+    file.write_text(file.read_text() + "\ndef keep(found):\n    return found\n")
+    trial = sweep.Sweep(str(file)).trials[0]
+    workdir = file.parent.parent / "runs" / "experiment" / f"{trial.name}-{trial.hash}"
+    workdir.mkdir(parents=True)
+    (workdir / "evaluation.json").write_text('{"whole": false}')
+    assert command(f"--sweep={file}", "--only=cell=delta_net,seed=0")[0] == 0
+    assert rows_of(file)[0]["whole"] is True
+
+
 def test_hash_knows_what_a_result_depends_on():
     def of(**changes):
         return sweep.Trial({}, "configs/mqar.py:delta_net", changes).hash
@@ -245,26 +286,67 @@ def test_dry_run(file, command, monkeypatch):
     assert lines[0].endswith("mqar.py:delta_net,seed=1 --config.batch=4")
 
 
-def test_an_interrupted_sweep_continues(file):
-    """SIGTERM ends it with the code of an unfinished run and its rows; again, it goes on."""
-    begin = (
-        "import sys; from absl import app; from memjax import config, sweep; "
-        "sweep.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
-        "sweep.define_flags(); "
-        "app.run(sweep.main, flags_parser=lambda a: config.parse_flags(a, config=False))"
+BEGIN = (
+    "import sys; from absl import app; from memjax import config, sweep; "
+    "sweep.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
+    "sweep.define_flags(); "
+    "app.run(sweep.main, flags_parser=lambda a: config.parse_flags(a, config=False))"
+)
+
+
+def process_of(file, seconds, only="cell=delta_net"):
+    """The command as a process of its own, in which each run takes so long."""
+    environment = {"FAKE_SECONDS": str(seconds), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", BEGIN, f"--sweep={file}", f"--only={only}"],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    program = [sys.executable, "-c", begin, f"--sweep={file}", "--only=cell=delta_net"]
-    environment = {**os.environ, "FAKE_SECONDS": "60", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_a_run(file, process):
     while not made(file):
         time.sleep(0.1)
         assert process.poll() is None
+
+
+def test_an_interrupted_sweep_continues(file):
+    """SIGTERM ends it with the code of an unfinished run and its rows; again, it goes on."""
+    process = process_of(file, 60)
+    wait_for_a_run(file, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "the same command continues" in out
     assert made(file) == 1 and rows_of(file) == []
-    done = subprocess.run(program, env={**environment, "FAKE_SECONDS": "0"}, timeout=120)
-    assert done.returncode == 0 and len(rows_of(file)) == 2
+    again = process_of(file, 0)
+    again.communicate(timeout=120)
+    assert again.returncode == 0 and len(rows_of(file)) == 2
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_one_run_in_a_folder(file, command, kill):
+    """Another sweep's run is waited for, also when that sweep was killed; it is not made twice."""
+    process = process_of(file, 4, only="cell=delta_net,seed=0")
+    wait_for_a_run(file, process)
+    if kill:
+        process.kill()
+        process.communicate()
+    code, out, _ = command(f"--sweep={file}", "--only=cell=delta_net,seed=0")
+    assert code == 0 and "waiting for a run that another sweep began" in out
+    process.communicate(timeout=60)
+    assert made(file) == 1 and [row["seed"] for row in rows_of(file)] == [0]
+
+
+def test_values_with_commas():
+    models = ("delta_net, beta <= 1", "delta_net, beta <= 2", "delta_net")
+    trials = [sweep.Trial({"model": m, "seed": s}, CONFIG) for m in models for s in (0, 1)]
+    for trial in trials:
+        only = ",".join(f"{label}={value}" for label, value in trial.labels.items())
+        assert sweep.chosen(trials, only) == [trial]
+    assert sweep.chosen(trials, "seed=1,model=delta_net, beta <= 2") == [trials[3]]
+    with pytest.raises(config.UserError, match="allowed are delta_net, 'delta_net, beta <= 1', "):
+        sweep.chosen(trials, "model=delta_net, beta <= 3,seed=0")
 
 
 @pytest.mark.parametrize(
