@@ -30,17 +30,17 @@ from pallas_kernels.products import dot, dot_in_parts, parts, places, turned
 
 LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
 _RESET = 2.0**14  # subtracted from the log decay of a document's first token
-CHANNEL_LOWEST = -100.0  # that of decays by channel on GPUs, whose sums have one part
 
 
 def arrays(g, reset, static) -> tuple:
     """What a kernel reads: () without decay; the sums' columns and rows for each head; for each
-    channel the sums on GPUs, on TPUs g [B, T, H, K] and, with reset, the tokens where a document
+    channel g [B, T, H, K], on GPUs with resets, on TPUs beside them, the tokens where a document
     begins as columns [B, N, C, 1]."""
     if g is None or g.ndim == 3:
         return log_decay_sums(g, reset, static)
     if static.platform == "gpu":
-        return (channel_log_decay_sums(g, reset, static),)
+        g = jnp.maximum(g, LOWEST)
+        return (g if reset is None else jnp.where(reset[..., None, None], LOWEST, g),)
     if reset is None:
         return (g,)
     batch, length = reset.shape
@@ -74,29 +74,12 @@ def log_decay_sums(g, reset, static: Static):
     return sums[0].reshape(*shape, chunk, 2 * heads), sums[1].reshape(*shape, 2 * heads, chunk)
 
 
-def channel_log_decay_sums(g, reset, static: Static):
-    """Sums of log decays by channel since the start of each token's chunk, [B, T, H, K]. A reset is
-    a decay of e^-100, which is zero in float32 beside anything."""
-    batch, length, *axes = g.shape
-    g = jnp.maximum(g, CHANNEL_LOWEST)
-    g = g if reset is None else jnp.where(reset[..., None, None], CHANNEL_LOWEST, g)
-    chunks = g.reshape(batch, -1, static.chunk, *axes)
-    last = jnp.tril(jnp.ones((static.chunk, static.chunk), jnp.float32))
-    sums = jnp.einsum("ts,bnshk->bnthk", last, chunks, precision=lax.Precision.HIGHEST)
-    return sums.reshape(g.shape)
-
-
-def clipped(dg, g, reset, platform: str):
-    """The gradient of g from what kernels write: columns of heads, or dg itself; none where g, or a
-    reset, is taken for a decay to nothing."""
-    if g is None:
-        return None
-    if g.ndim == 3:
-        return jnp.where(g < LOWEST, 0, by_token(dg))
-    if platform == "tpu":  # its terms are zero there
+def clipped(dg, g):
+    """The gradient of g from what kernels write: columns of heads, or dg itself by channel. It is
+    none where g is taken for a decay to nothing; by channel its terms are zero there."""
+    if g is None or g.ndim == 4:
         return dg
-    dg = jnp.where(g < CHANNEL_LOWEST, 0, dg)
-    return dg if reset is None else jnp.where(reset[..., None, None], 0, dg)
+    return jnp.where(g < LOWEST, 0, by_token(dg))
 
 
 def specs(arrays, blocks) -> tuple:
