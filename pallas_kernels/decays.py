@@ -30,6 +30,8 @@ from pallas_kernels.products import dot, dot_in_parts, parts, places, turned
 
 LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
 _RESET = 2.0**14  # subtracted from the log decay of a document's first token
+NEAR = 8  # tokens
+NEAREST = -18.0  # between near tokens log decays below it are it: e^-18 is below what float32 rounds
 CHANNEL_LOWEST = -100.0  # that of decays by channel on GPUs, whose sums have one part
 
 
@@ -125,7 +127,7 @@ def gradient_shapes(arrays) -> tuple:
     return (shape if len(shape) == 4 else (*shape[:-1], shape[-1] // 2),)
 
 
-def of_heads(values, heads: int, split: Callable) -> list:
+def of_heads(values, heads: int, split: Callable, like) -> list:
     """The decay of each head from the blocks of `arrays`.
 
     split: what makes `parts` of a float32 factor: its precision.
@@ -133,10 +135,18 @@ def of_heads(values, heads: int, split: Callable) -> list:
     if not values:
         return [Decay(split)] * heads
     if values[0].ndim == 3:
-        logs = jnp.maximum(turned(values[0]), LOWEST)
+        given = turned(values[0])
+        size = given.shape[1]
+        i, j = places(size)
+        together = (i >> 3 == j >> 3) & (j <= i)
+        logs = jnp.maximum(given, LOWEST)
         if values[1:]:
             logs = jnp.where(values[1] > 0, LOWEST, logs)
-        return [by_channel(logs[head], split) for head in range(heads)]
+            together = together & documents(values[1], size)
+        near, sums = jnp.maximum(given, NEAREST), near_sums(size, like)
+        return [
+            by_channel(logs[head], near[head], split, sums, together) for head in range(heads)
+        ]
     return [by_head(values, head, heads, split) for head in range(heads)]
 
 
@@ -247,44 +257,69 @@ def by_head(sums, head: int, heads: int, split: Callable) -> Decay:
 @dataclasses.dataclass(frozen=True)
 class ChannelDecay:
     """The same where each channel has its own: since_start, to_end [C, K]; through [K, 1]; levels:
-    of blocks of 1, 2, 4 ... C / 2 tokens, what joins two neighbours, [C, K]."""
+    of blocks of NEAR, 2 NEAR ... C / 2 tokens, what joins two neighbours, [C, K]; near [C, K]: from
+    the middle of a token's NEAR ones to it, and from it to the middle; together [C, C]: j <= i, both
+    among the same NEAR and in one document; sums: of `near_sums`."""
 
     split: Callable
     since_start: Any
     to_end: Any
     through: Any
     levels: list
+    near: tuple
+    together: Any
+    sums: Any
 
     def pairs(self, xs, y, split) -> list:
         size = y.shape[0]
-        i, j = places(size)
-        found = [jnp.where(i == j, jnp.sum(x * y, axis=1, keepdims=True), 0) for x in xs]
-        for bits, level in enumerate(self.levels):
-            second = split(packed([x * level for x in xs], bits))
-            products = unpacked(dot_in_parts(second, split(y * level), 1, 1), bits, len(xs))
-            joined = joins(size, bits)
-            found = [jnp.where(joined, x, y) for x, y in zip(products, found, strict=True)]
+        up, down = self.near
+        beside = split(jnp.concatenate([x * up for x in xs]))
+        products = dot_in_parts(beside, split(y * down), 1, 1)
+        found = [jnp.where(self.together, x, 0) for x in jnp.split(products, len(xs))]
+        for half, level in zip(halves(size), self.levels, strict=True):
+            seconds = split(jnp.concatenate([second(x * level, half) for x in xs]))
+            products = dot_in_parts(seconds, split(y * level), 1, 1)
+            found = [
+                changed(x, jnp.where(joined(size, half), part, second(x, half)), half)
+                for x, part in zip(found, jnp.split(products, len(xs)), strict=True)
+            ]
         return found
 
     def pairs_back(self, xs, y, pairs, dpairs) -> tuple:
-        i, j = places(y.shape[0])
+        size, count = y.shape[0], len(xs)
+        i, j = places(size)
         own = [jnp.sum(jnp.where(i == j, d, 0), axis=1, keepdims=True) for d in dpairs]
         dxs = [d * y for d in own]
         dy = sum(d * x for d, x in zip(own, xs, strict=True))
+        up, down = self.near
+        beside = jnp.concatenate([jnp.where(self.together & (i > j), d, 0) for d in dpairs])
+        beside = self.split(beside)
+        after = jnp.concatenate([x * up for x in xs]).astype(y.dtype)
+        before = (y * down).astype(y.dtype)
+        dafter = dot_in_parts(beside, (before,), 1, 0)
+        dbefore = dot_in_parts(beside, (after,), 0, 0)
+        dnear = sum(jnp.split(after * dafter, count)) - before * dbefore
+        dxs = [d + up * x for d, x in zip(dxs, jnp.split(dafter, count), strict=True)]
+        dy = dy + down * dbefore
         dlevels = []
-        for bits, level in enumerate(self.levels):
-            joined = joins(y.shape[0], bits)
-            dproducts = self.split(packed([jnp.where(joined, d, 0) for d in dpairs], bits))
-            second = packed([x * level for x in xs], bits).astype(y.dtype)
-            first = (y * level).astype(y.dtype)
-            dseconds = unpacked(dot_in_parts(dproducts, (first,), 1, 0), bits, len(xs))
-            dseconds = [level * d for d in dseconds]
-            dfirst = level * dot_in_parts(dproducts, (second,), 0, 0)
-            dxs = [total + d for total, d in zip(dxs, dseconds, strict=True)]
-            dy = dy + dfirst
-            asked = sum(x * d for x, d in zip(xs, dseconds, strict=True))
-            dlevels.append(jnp.where(is_second(y.shape[0], bits), asked, y * dfirst))
-        return dxs, dy, dlevels
+        for half, level in zip(halves(size), self.levels, strict=True):
+            mask = joined(size, half)
+            dproducts = [jnp.where(mask, second(d, half), 0) for d in dpairs]
+            dproducts = self.split(jnp.concatenate(dproducts))
+            seconds = [second(x * level, half) for x in xs]
+            after = jnp.concatenate(seconds).astype(y.dtype)
+            dafter = dot_in_parts(dproducts, ((y * level).astype(y.dtype),), 1, 0)
+            dbefore = level * dot_in_parts(dproducts, (after,), 0, 0)
+            factor = second(level, half)
+            dseconds = [factor * d for d in jnp.split(dafter, count)]
+            dxs = [
+                changed(d, second(d, half) + more, half)
+                for d, more in zip(dxs, dseconds, strict=True)
+            ]
+            dy = dy + dbefore
+            asked = sum(second(x, half) * d for x, d in zip(xs, dseconds, strict=True))
+            dlevels.append(changed(y * dbefore, asked, half))
+        return dxs, dy, (dnear, dlevels)
 
     def across(self, x, state, factor):
         return dot_in_parts(self.split(x * factor), state, 1, 0)
@@ -300,75 +335,95 @@ class ChannelDecay:
         row = jnp.sum(jnp.swapaxes(self.through * carried, 0, 1), axis=0, keepdims=True)
         last = lax.broadcasted_iota(jnp.int32, asking.shape, 0) == size - 1
         dp, ds = asking + jnp.where(last, row, 0), writing
-        for bits in reversed(range(len(self.levels))):
-            second, dlevel = is_second(size, bits), crossing[bits]
-            dboth = swapped(jnp.where(second, dp, ds), bits)
-            dp, ds = (
-                dp + dboth + jnp.where(second, dlevel, 0),
-                ds + dboth + jnp.where(second, 0, dlevel),
-            )
-        return dp
+        dnear, dlevels = crossing
+        for half, dlevel in reversed(list(zip(halves(size), dlevels, strict=True))):
+            dps, dss = [], []
+            for n in range(0, size, 2 * half):
+                one, two = slice(n, n + half), slice(n + half, n + 2 * half)
+                dps += [dp[one] + dp[two], dp[two] + ds[one] + dlevel[two]]
+                dss += [ds[one] + dp[two] + dlevel[one], ds[two] + ds[one]]
+            dp, ds = jnp.concatenate(dps), jnp.concatenate(dss)
+        return near_gradient(self.sums, dp + dnear, ds)
 
 
-def by_channel(logs, split: Callable) -> ChannelDecay:
+def near_sums(size: int, like):
+    """Matrices [C, C] of sums of a token's neighbours among NEAR: up to it, behind it, and from the middle to
+    it, those before the middle negative."""
+    i, j = places(size)
+    same, half = i >> 3 == j >> 3, i >> 2 == j >> 2
+    second = (i & 4) != 0
+    middle = jnp.where(half & second & (j <= i), 1.0, 0.0) - jnp.where(
+        half & ~second & (j > i), 1.0, 0.0
+    )
+    to, behind = (jnp.where(same & mask, 1.0, 0.0) for mask in (j <= i, j > i))
+    return tuple(x.astype(like) for x in (to, behind, middle))
+
+
+def near_gradient(sums, dp, ds):
+    like = sums[0].dtype
+    to, behind, _ = sums
+    both = parts(jnp.concatenate([dp, ds]), like)
+    return dot_in_parts((jnp.concatenate([to, behind]),), both, 0, 0)
+
+
+def by_channel(logs, near, split: Callable, sums, together) -> ChannelDecay:
     """From log decays [C, K], none below LOWEST."""
     size = logs.shape[0]
-    since, until = logs, jnp.zeros_like(logs)
+    like = sums[0].dtype
+    both = dot_in_parts((jnp.concatenate(sums[:2]),), parts(logs, like), 1, 0)
+    since, until = jnp.split(both, 2)
+    middle = dot_in_parts((sums[2],), parts(near, like), 1, 0)
     levels = []
-    for bits in range(size.bit_length() - 1):
-        second = is_second(size, bits)
-        levels.append(jnp.exp(jnp.where(second, since, until)))
-        other = swapped(since + until, bits)
-        since, until = since + jnp.where(second, other, 0), until + jnp.where(second, 0, other)
+    for half in halves(size):
+        levels.append(jnp.exp(changed(until, second(since, half), half)))
+        both = since + until
+        sinces, untils = [], []
+        for n in range(0, size, 2 * half):
+            one, two = slice(n, n + half), slice(n + half, n + 2 * half)
+            sinces += [since[one], since[two] + both[one]]
+            untils += [until[one] + both[two], until[two]]
+        since, until = jnp.concatenate(sinces), jnp.concatenate(untils)
     since_start = jnp.exp(since)
     through = jnp.swapaxes(since_start[-8:], 0, 1)[:, 7:]
-    return ChannelDecay(split, since_start, jnp.exp(until), through, levels)
+    return ChannelDecay(
+        split,
+        since_start,
+        jnp.exp(until),
+        through,
+        levels,
+        (jnp.exp(middle), jnp.exp(-middle)),
+        together,
+        sums,
+    )
 
 
-def is_second(size: int, bits: int):
-    """[C, 1]: whether a token is in a second block of 2^bits tokens."""
-    return (lax.broadcasted_iota(jnp.int32, (size, 1), 0) >> bits) & 1 == 1
+def halves(size: int) -> list:
+    return [NEAR << n for n in range((size // NEAR).bit_length() - 1)]
 
 
-def joins(size: int, bits: int):
-    """[C, C]: i in a second block, j in the first one beside it."""
+def joined(size: int, half: int):
+    """[C / 2, C]: of rows of second blocks, j in the first one beside it."""
+    i, j = (lax.broadcasted_iota(jnp.int32, (size // 2, size), axis) for axis in (0, 1))
+    bits = half.bit_length() - 1
+    return j >> bits == (i >> bits) * 2
+
+
+def second(x, half: int):
+    """The rows of second blocks."""
+    return jnp.concatenate([x[n : n + half] for n in range(half, x.shape[0], 2 * half)])
+
+
+def changed(x, rows, half: int):
+    """x with other rows in second blocks."""
+    pieces = []
+    for n in range(0, x.shape[0] // 2, half):
+        pieces += [x[2 * n : 2 * n + half], rows[n : n + half]]
+    return jnp.concatenate(pieces)
+
+
+def documents(marks, size):
+    """[C, C]: no document begins behind j up to i."""
     i, j = places(size)
-    return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits > j >> bits)
-
-
-def swapped(x, bits: int):
-    """Rows of neighbouring blocks in each other's place."""
-    size, half = x.shape[0], 1 << bits
-    if half < 8:
-        down, up = pltpu.roll(x, half, 0), pltpu.roll(x, size - half, 0)
-        return jnp.where(is_second(size, bits), down, up)
-    starts = (n ^ half for n in range(0, size, half))
-    return jnp.concatenate([x[n : n + half] for n in starts])
-
-
-def packed(xs, bits: int):
-    """The second blocks' rows of one or two arrays in one. Where blocks are no whole tiles, those
-    of the second array lie in the first blocks' rows."""
-    size, half = xs[0].shape[0], 1 << bits
-    if half >= 8:
-        starts = range(half, size, 2 * half)
-        return jnp.concatenate([x[n : n + half] for x in xs for n in starts])
-    if len(xs) == 1:
-        return xs[0]
-    return jnp.where(is_second(size, bits), xs[0], swapped(xs[1], bits))
-
-
-def unpacked(array, bits: int, count: int) -> list:
-    """`count` arrays whose second blocks' rows are those of `packed`, zero in first blocks."""
-    half = 1 << bits
-    if half >= 8:
-        zero = jnp.zeros((half, array.shape[1]), array.dtype)
-        return [
-            jnp.concatenate(
-                [x for n in range(0, len(part), half) for x in (zero, part[n : n + half])]
-            )
-            for part in jnp.split(array, count)
-        ]
-    second = is_second(array.shape[0], bits)
-    found = [array, swapped(array, bits)][:count]
-    return [jnp.where(second, x, 0) for x in found]
+    marks = jnp.broadcast_to(marks, (size, size)).astype(jnp.bfloat16)
+    ones = jnp.where(j <= i, 1.0, 0.0).astype(jnp.bfloat16)
+    return dot(ones, marks, 1, 0) == dot(marks, ones, 0, 1)

@@ -55,7 +55,7 @@ def kernel(*refs, decaying, keep, scale):
     queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
     split = partial(parts, like=dtype)
     beta = beta_ref[...]
-    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split)
+    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
     scored, lowers = [], []
     for head, decay in enumerate(decayed):
         scores, alike = decay.pairs([queries[head], keys[head]], keys[head], split)

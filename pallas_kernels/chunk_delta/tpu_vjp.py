@@ -42,7 +42,7 @@ def kernel(*refs, decaying, scale):
     split = partial(parts, like=dtype)
     made, dbetas, dlogs = [], [], []
     for head, decay in enumerate(
-        decays.of_heads([r[...] for r in others[:decaying]], heads, split)
+        decays.of_heads([r[...] for r in others[:decaying]], heads, split, dtype)
     ):
         q, k, v, do = queries[head], keys[head], values[head], douts[head]
         state, dstate, beta = bounds_ref[head], dstate_ref[head], betas[:, head : head + 1]

@@ -38,7 +38,7 @@ def kernel(*refs, decaying, keep, scale):
     queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
     outputs = []
     for head, decay in enumerate(
-        decays.of_heads([r[...] for r in others[:decaying]], heads, split)
+        decays.of_heads([r[...] for r in others[:decaying]], heads, split, dtype)
     ):
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
         if keep:

@@ -41,7 +41,7 @@ def kernel(*refs, decaying, scale):
     queries, keys, values, douts = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref, do_ref))
     made, dlogs = [], []
     for head, decay in enumerate(
-        decays.of_heads([r[...] for r in others[:decaying]], heads, split)
+        decays.of_heads([r[...] for r in others[:decaying]], heads, split, dtype)
     ):
         q, k, v, do = queries[head], keys[head], values[head], douts[head]
         state, dstate = bounds_ref[head], dstate_ref[head]
