@@ -133,7 +133,7 @@ def of_heads(values, heads: int, split: Callable, like) -> list:
     split: what makes `parts` of a float32 factor: its precision.
     """
     if not values:
-        return [Decay(split)] * heads
+        return iter([Decay(split)] * heads)
     if values[0].ndim == 3:
         given = turned(values[0])
         size = given.shape[1]
@@ -144,10 +144,10 @@ def of_heads(values, heads: int, split: Callable, like) -> list:
             logs = jnp.where(values[1] > 0, LOWEST, logs)
             together = together & documents(values[1], size)
         near, sums = jnp.maximum(given, NEAREST), near_sums(size, like)
-        return [
+        return (
             by_channel(logs[head], near[head], split, sums, together) for head in range(heads)
-        ]
-    return [by_head(values, head, heads, split) for head in range(heads)]
+        )
+    return (by_head(values, head, heads, split) for head in range(heads))
 
 
 def stacked(gradients: list, like):
@@ -198,6 +198,7 @@ class Decay:
     def pairs(self, xs, y, split) -> list:
         """x.D.y for each x [C, K]; y [C, K]; split: of the factors, where they are not exact."""
         products = dot(jnp.concatenate(xs), y, 1, 1)
+        yield
         return [self._lower(x) for x in jnp.split(products, len(xs))]
 
     def _lower(self, x):
@@ -210,6 +211,7 @@ class Decay:
         """(dx of each x, dy, what `log_gradient` needs) from what `pairs` gave and its gradients,
         which need not be masked."""
         crossing = sum(d * x for d, x in zip(dpairs, pairs, strict=True))
+        yield
         dpairs = [self.split(self._lower(d)) for d in dpairs]
         dxs = [dot_in_parts(d, (y,), 1, 0) for d in dpairs]
         dy = sum(dot(d[0], x, 0, 0) for d, x in zip(dpairs, xs, strict=True))
@@ -275,10 +277,12 @@ class ChannelDecay:
         up, down = self.near
         beside = split(jnp.concatenate([x * up for x in xs]))
         products = dot_in_parts(beside, split(y * down), 1, 1)
+        yield
         found = [jnp.where(self.together, x, 0) for x in jnp.split(products, len(xs))]
         for half, level in zip(halves(size), self.levels, strict=True):
             seconds = split(jnp.concatenate([second(x * level, half) for x in xs]))
             products = dot_in_parts(seconds, split(y * level), 1, 1)
+            yield
             found = [
                 changed(x, jnp.where(joined(size, half), part, second(x, half)), half)
                 for x, part in zip(found, jnp.split(products, len(xs)), strict=True)
@@ -297,7 +301,9 @@ class ChannelDecay:
         after = jnp.concatenate([x * up for x in xs]).astype(y.dtype)
         before = (y * down).astype(y.dtype)
         dafter = dot_in_parts(beside, (before,), 1, 0)
+        yield
         dbefore = dot_in_parts(beside, (after,), 0, 0)
+        yield
         dnear = sum(jnp.split(after * dafter, count)) - before * dbefore
         dxs = [d + up * x for d, x in zip(dxs, jnp.split(dafter, count), strict=True)]
         dy = dy + down * dbefore
@@ -309,7 +315,9 @@ class ChannelDecay:
             seconds = [second(x * level, half) for x in xs]
             after = jnp.concatenate(seconds).astype(y.dtype)
             dafter = dot_in_parts(dproducts, ((y * level).astype(y.dtype),), 1, 0)
+            yield
             dbefore = level * dot_in_parts(dproducts, (after,), 0, 0)
+            yield
             factor = second(level, half)
             dseconds = [factor * d for d in jnp.split(dafter, count)]
             dxs = [

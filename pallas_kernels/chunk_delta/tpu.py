@@ -16,6 +16,7 @@ arrays (`products.dot_in_parts`): between alike keys R holds differences of valu
 them.
 """
 
+import os
 from functools import partial
 
 import jax
@@ -30,10 +31,11 @@ from pallas_kernels.products import (
     parts,
     places,
     turned,
-    unit_lower_inverses,
+    in_step, unit_lower_inverse,
 )
 
 
+MODE=os.environ.get("MODE","a")
 def strictly_lower(x):
     """x [C, C] below its diagonal."""
     i, j = places(x.shape[0])
@@ -56,24 +58,40 @@ def kernel(*refs, decaying, keep, scale):
     split = partial(parts, like=dtype)
     beta = beta_ref[...]
     decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
-    scored, lowers = [], []
-    for head, decay in enumerate(decayed):
-        scores, alike = decay.pairs([queries[head], keys[head]], keys[head], split)
-        scored.append(scores)
-        lowers.append(strictly_lower(beta[:, head : head + 1] * alike))
-    inverses = unit_lower_inverses(lowers, dtype)
-    outputs = []
-    for head, decay in enumerate(decayed):
+
+    def one(head):
+        decay = next(decayed)
+        yield
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
-        inverse, low = inverses[head], (state.astype(dtype),)
+        scores, alike = yield from decay.pairs([q, k], k, split)
+        lower = strictly_lower(beta[:, head : head + 1] * alike)
+        low = (state.astype(dtype),)
+        if MODE == "a":
+            inverse = yield from unit_lower_inverse(lower, dtype)
+            asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
+            yield
+        elif MODE == "b":
+            asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
+            yield
+            inverse = yield from unit_lower_inverse(lower, dtype)
+        else:
+            run = unit_lower_inverse(lower, dtype)
+            for _ in range(int(MODE)+head%2): next(run); yield
+            asked = decay.across(q, low, decay.since_start)
+            for _ in range(2): next(run); yield
+            known = decay.across(k, low, decay.since_start)
+            inverse = yield from run
         if keep:
             kept[0][head], kept[1][head] = state, inverse
-        asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
         wanted = beta[:, head : head + 1] * (v - known)
         rows = dot_in_parts(split(inverse), (wanted.astype(dtype),), 1, 0)
-        answer = asked + dot_in_parts(split(scored[head]), split(rows), 1, 0)
-        outputs.append((scale * answer).astype(dtype))
+        yield
+        answer = asked + dot_in_parts(split(scores), split(rows), 1, 0)
+        yield
         state_ref[head] = decay.over(state) + decay.into(k, rows, decay.to_end)
+        return (scale * answer).astype(dtype)
+
+    outputs = in_step(map(one, range(heads)))
     o_ref[...] = turned(jnp.stack(outputs))
 
 
