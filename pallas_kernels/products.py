@@ -31,8 +31,8 @@ def parts(x, like):
     sum of two arrays of bfloat16. Split what is used twice once."""
     if like == jnp.float32 or x.dtype == jnp.bfloat16:
         return (x,)
-    main = x.astype(jnp.bfloat16)
-    return main, (x - main.astype(jnp.float32)).astype(jnp.bfloat16)
+    main = x.astype(jnp.bfloat16).astype(jnp.float32)
+    return main, x - main
 
 
 def rounded(x, like):
@@ -46,7 +46,14 @@ def dot_in_parts(a, b, of_a: int, of_b: int):
     terms = [(a[0], y) for y in b] + [(x, b[0]) for x in a[1:]]
     if of_a == of_b == 0 or a[0].shape[of_a] % 128 == 0:
         left, right = zip(*terms, strict=True)
-        return dot(jnp.concatenate(left, of_a), jnp.concatenate(right, of_b), of_a, of_b)
+        if len(terms) > 1:
+            left, right = ([x.astype(jnp.float32) for x in y] for y in (left, right))
+        left, right = jnp.concatenate(left, of_a), jnp.concatenate(right, of_b)
+        if len(terms) > 1:
+            left, right = (x.astype(jnp.bfloat16) for x in (left, right))
+        return dot(left, right, of_a, of_b)
+    if len(terms) > 1:
+        terms = [(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)) for x, y in terms]
     return sum(dot(x, y, of_a, of_b) for x, y in terms)
 
 
