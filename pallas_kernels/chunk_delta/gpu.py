@@ -94,7 +94,7 @@ def inverses(k, beta, sums, *, interpret):
     """M of every chunk in two parts, [B, H, N, 2, C, C]. beta: [B, H, N, C]; sums: rows of
     `decays.log_decay_sums`, or None.
 
-    As `products.unit_lower_inverses`, with the mask on what is found: X, the inverse of the blocks
+    As `products.unit_lower_inverse`, with the mask on what is found: X, the inverse of the blocks
     on the diagonal, is zero elsewhere, so that in X L X each pair of blocks stands alone.
     """
     batch, length, fewer, width = k.shape

@@ -6,8 +6,7 @@
 
 S [K, V] is the state in front of the chunk, float32, G the sum of the log decays since the chunk's
 start, one for each head or channel (0 without decay), R [C, V] what is written at the tokens' keys.
-(I + L)^-1 is made by doubling blocks (`products.unit_lower_inverses`), of all heads together. One
-grid step is a chunk of a group of heads, read as it lies in [B, T, H, D] and turned to [heads, C,
+(I + L)^-1 is made by doubling blocks (`products.unit_lower_inverse`). One grid step is a chunk of a group of heads, read as it lies in [B, T, H, D] and turned to [heads, C,
 D] on the chip. Bytes a token and head: those of q, k, v and o, 4 for beta, 16 or 4 K for the decay
 and, when gradients follow, 4 K V / C + 4 C of the state in front of each chunk and the inverse.
 float32 or bfloat16; products of float32 are exact to float32. With bfloat16, float32 factors are
@@ -16,7 +15,6 @@ arrays (`products.dot_in_parts`): between alike keys R holds differences of valu
 them.
 """
 
-import os
 from functools import partial
 
 import jax
@@ -28,14 +26,14 @@ from pallas_kernels import decays
 from pallas_kernels.common import Blocks
 from pallas_kernels.products import (
     dot_in_parts,
+    in_step,
     parts,
     places,
     turned,
-    in_step, unit_lower_inverse,
+    unit_lower_inverse,
 )
 
 
-MODE=os.environ.get("MODE","a")
 def strictly_lower(x):
     """x [C, C] below its diagonal."""
     i, j = places(x.shape[0])
@@ -59,31 +57,16 @@ def kernel(*refs, decaying, keep, scale):
     beta = beta_ref[...]
     decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
 
-    def one(head):
-        decay = next(decayed)
-        yield
+    def outputs_of(head, decay):
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
+        rates, low = beta[:, head : head + 1], (state.astype(dtype),)
         scores, alike = yield from decay.pairs([q, k], k, split)
-        lower = strictly_lower(beta[:, head : head + 1] * alike)
-        low = (state.astype(dtype),)
-        if MODE == "a":
-            inverse = yield from unit_lower_inverse(lower, dtype)
-            asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
-            yield
-        elif MODE == "b":
-            asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
-            yield
-            inverse = yield from unit_lower_inverse(lower, dtype)
-        else:
-            run = unit_lower_inverse(lower, dtype)
-            for _ in range(int(MODE)+head%2): next(run); yield
-            asked = decay.across(q, low, decay.since_start)
-            for _ in range(2): next(run); yield
-            known = decay.across(k, low, decay.since_start)
-            inverse = yield from run
+        inverse = yield from unit_lower_inverse(strictly_lower(rates * alike), dtype)
         if keep:
             kept[0][head], kept[1][head] = state, inverse
-        wanted = beta[:, head : head + 1] * (v - known)
+        asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
+        yield
+        wanted = rates * (v - known)
         rows = dot_in_parts(split(inverse), (wanted.astype(dtype),), 1, 0)
         yield
         answer = asked + dot_in_parts(split(scores), split(rows), 1, 0)
@@ -91,7 +74,7 @@ def kernel(*refs, decaying, keep, scale):
         state_ref[head] = decay.over(state) + decay.into(k, rows, decay.to_end)
         return (scale * answer).astype(dtype)
 
-    outputs = in_step(map(one, range(heads)))
+    outputs = in_step(map(outputs_of, range(heads), decayed))
     o_ref[...] = turned(jnp.stack(outputs))
 
 

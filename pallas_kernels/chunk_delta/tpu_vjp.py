@@ -11,7 +11,6 @@ Y = beta E and R = M Y made again, A the scores that o has of R, dS that of the 
     dbeta_i = dY_i . R_i / beta_i          dg as in chunk_linear, from A and B
 """
 
-import os
 from functools import partial
 
 import jax
@@ -41,24 +40,21 @@ def kernel(*refs, decaying, scale):
     queries, keys, values, douts = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref, do_ref))
     betas = beta_ref[...]
     split = partial(parts, like=dtype)
-    decayed = decays.of_heads([r[...] for r in others[:decaying]], heads, split, dtype)
+    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
 
-    def one(head):
-        decay = next(decayed)
-        yield
+    def gradients_of(head, decay):
         q, k, v, do = queries[head], keys[head], values[head], douts[head]
         state, dstate, beta = bounds_ref[head], dstate_ref[head], betas[:, head : head + 1]
         low, dlow, inverse = (split(x) for x in (state, dstate, inverses_ref[head]))
         # the forward pass again
-        error = v - decay.across(k, low[:1], decay.since_start)
+        error = v - decay.across(k, (state.astype(dtype),), decay.since_start)
         yield
         rows = dot_in_parts(inverse, split(beta * error), 1, 0)
         yield
         written = split(rows)
-        (scores,) = yield from decay.pairs([q], k, partial(rounded, like=dtype))
-        alike = scores
-        if isinstance(decay, decays.Decay):
-            (alike,) = yield from decay.pairs([k], k, partial(rounded, like=dtype))
+        rough = partial(rounded, like=dtype)
+        (scores,) = yield from decay.pairs([q], k, rough)
+        (alike,) = yield from decay.pairs([k], k, rough)
         # back through it
         answered = scale * dot_in_parts(split(scores), (do,), 0, 0)
         drows = answered + decay.across(k, dlow, decay.to_end)
@@ -90,11 +86,11 @@ def kernel(*refs, decaying, scale):
         if decaying:
             reads = q * dread - k * dseen
             dlog = decay.log_gradient(crossing, reads, k * dadded, state * dstate)
-        return [x.astype(dtype) for x in (dq + dread, dk + dy + dadded - dseen, dv)], dbeta, dlog
+        made = (dq + dread, dk + dy + dadded - dseen, dv)
+        return [x.astype(dtype) for x in made], dbeta, dlog
 
-    made, dbetas, dlogs = zip(
-        *in_step(map(one, range(heads))), strict=True
-    )
+    found = in_step(map(gradients_of, range(heads), decayed))
+    made, dbetas, dlogs = zip(*found, strict=True)
     dbeta_ref[...] = jnp.concatenate(dbetas, axis=1)
     if decaying:
         dg_ref[0][...] = decays.stacked(dlogs, like=dtype)
