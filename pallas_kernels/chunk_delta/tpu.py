@@ -6,9 +6,10 @@
 
 S [K, V] is the state in front of the chunk, float32, G the sum of the log decays since the chunk's
 start, one for each head or channel (0 without decay), R [C, V] what is written at the tokens' keys.
-(I + L)^-1 is made by doubling blocks (`products.unit_lower_inverse`). One grid step is a chunk of a group of heads, read as it lies in [B, T, H, D] and turned to [heads, C,
-D] on the chip. Bytes a token and head: those of q, k, v and o, 4 for beta, 16 or 4 K for the decay
-and, when gradients follow, 4 K V / C + 4 C of the state in front of each chunk and the inverse.
+(I + L)^-1 is made by doubling blocks (`products.unit_lower_inverse`). One grid step is a chunk of a
+group of heads, read as it lies in [B, T, H, D] and turned to [heads, C, D] on the chip. Bytes a
+token and head: those of q, k, v and o, 4 for beta, 16 or 4 K for the decay and, when gradients
+follow, 4 K V / C + 4 C of the state in front of each chunk and the inverse.
 float32 or bfloat16; products of float32 are exact to float32. With bfloat16, float32 factors are
 rounded only where that moves less than the rounding of o does; elsewhere a factor is the sum of two
 arrays (`products.dot_in_parts`): between alike keys R holds differences of values and S sums of
