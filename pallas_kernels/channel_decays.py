@@ -19,7 +19,7 @@ that dg has of another token too.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class ChannelDecay:
     together: Any
     sums: tuple
 
-    def pairs(self, xs, y, split):
+    def pairs(self, xs, y, split) -> Generator[None, None, Any]:
         size = y.shape[0]
         up, down = self.near
         asking = split(jnp.concatenate([x * up for x in xs]))
@@ -66,7 +66,7 @@ class ChannelDecay:
             ]
         return found
 
-    def pairs_back(self, xs, y, pairs, dpairs):
+    def pairs_back(self, xs, y, pairs, dpairs) -> Generator[None, None, Any]:
         size = y.shape[0]
         i, j = places(size)
         own = [jnp.sum(jnp.where(i == j, d, 0), axis=1, keepdims=True) for d in dpairs]
@@ -93,7 +93,7 @@ class ChannelDecay:
             dlevels.append(replaced(firsts(y, half) * written, asked, half))
         return dxs, dy, (dnear, dlevels)
 
-    def _near_back(self, xs, y, dpairs):
+    def _near_back(self, xs, y, dpairs) -> Generator[None, None, Any]:
         """(dU, dx of each x, dy) of the pairs among NEAR tokens, but those of a token with itself,
         which have no dU. Both terms of dU are made of the same rounded factors: what cancels is
         equal."""

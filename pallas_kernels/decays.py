@@ -9,7 +9,7 @@ A decay for each channel has no such matrix: `channel_decays`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def of_heads(values, heads: int, split: Callable, like) -> list:
     return [by_head(values, head, heads, split) for head in range(heads)]
 
 
-def stacked(gradients: list, like):
+def stacked(gradients: Sequence, like):
     """The block of dg from `log_gradient` of all heads."""
     if isinstance(gradients[0], tuple):
         return log_decay_gradient(*zip(*gradients, strict=True), like=like)
@@ -176,8 +176,9 @@ class Decay:
     through: Any = None
     between: Any = None
 
-    def pairs(self, xs, y, split) -> list:
-        """x.D.y for each x [C, K]; y [C, K]; split: of the factors, where they are not exact."""
+    def pairs(self, xs, y, split) -> Generator[None, None, Any]:
+        """x.D.y for each x [C, K], as all that waits for products, a generator for
+        `products.in_step`; y [C, K]; split: of the factors, where they are not exact."""
         products = dot(jnp.concatenate(xs), y, 1, 1)
         yield
         return [self._lower(x) for x in jnp.split(products, len(xs))]
@@ -188,7 +189,7 @@ class Decay:
         i, j = places(x.shape[0])
         return jnp.where(i >= j, x, 0)
 
-    def pairs_back(self, xs, y, pairs, dpairs) -> tuple:
+    def pairs_back(self, xs, y, pairs, dpairs) -> Generator[None, None, Any]:
         """(dx of each x, dy, what `log_gradient` needs) from what `pairs` gave and its gradients,
         which need not be masked."""
         crossing = sum(d * x for d, x in zip(dpairs, pairs, strict=True))
