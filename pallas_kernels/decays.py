@@ -1,9 +1,10 @@
 """Decays of a chunk as the TPU kernels take them: none, one for each head, or one for each channel.
 
 With x.D.y the matrix sum_d x_i[d] e^{G_i - G_j}[d] y_j[d], j <= i, and zero above its diagonal, G
-the sum of the log decays since the chunk's start. No exponent is above 0: masks come before exp.
+the sum of the log decays since the chunk's start.
 
-A decay for each head has sums G in two numbers (`log_decay_sums`), and D is one matrix.
+A decay for each head has sums G in two numbers (`log_decay_sums`), and D is one matrix. No exponent
+is above 0: masks come before exp.
 
 A decay for each channel has no such matrix: `channel_decays`.
 """

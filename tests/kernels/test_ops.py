@@ -128,6 +128,11 @@ def forgets_a_level(decay):
     return dataclasses.replace(decay, levels=[*others, jnp.ones_like(last)])
 
 
+def forgets_the_middle(decay):
+    up, down = decay.near
+    return dataclasses.replace(decay, near=(up, jnp.ones_like(down)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mistake",
@@ -136,6 +141,7 @@ def forgets_a_level(decay):
         ("resets", keeps_all),
         ("channel", keeps_all),
         ("channel", forgets_a_level),
+        ("channel", forgets_the_middle),
     ],
 )
 @pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
