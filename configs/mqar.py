@@ -5,7 +5,7 @@
 64 tokens hold 8 pairs of 1024 token ids, then ask for each of them; the rest is noise. The argument
 names a cell (`memjax.cells.names()`), as it is or in a wrapper, and may set seed, steps and lr, as
 in `configs/mqar.py:memory_caching(titans),seed=1`. Attention and the delta rules take about a
-minute on one CPU core; query accuracy 0.993 or more (experiments/mqar).
+minute on one CPU core; query accuracy 0.993 or more (experiments/eight_pairs).
 """
 
 from memjax import cells, defaults

@@ -3,7 +3,7 @@
     python -m memjax.train --config=configs/tiny_text.py:gated_delta_net --workdir=runs/tiny_text
 
 One layer of the cell at its default options and one MLP, width 64, 500 steps of 2 x 256 bytes. The
-argument names a cell as in configs/mqar.py. experiments/all_cells.py compares the cells by it.
+argument names a cell as in configs/mqar.py. experiments/tiny_text has all cells.
 """
 
 from memjax import cells, defaults

@@ -38,6 +38,7 @@ def config(
             "tie": True,
             "std": 0.02,
             "dtype": "float32",
+            "features": 0,
             "remat": "none",
             **model,
         }
@@ -118,24 +119,24 @@ def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> C
     return ConfigDict(found)
 
 
-def tiny_recall(data: dict[str, Any], *layers: str, vocab: int = 0) -> ConfigDict:
-    """A config for a recall task on a CPU: [BaseConv, a mixer or several], one head of width 64, no
-    MLP, no positions, LayerNorm, fresh examples at every step (the small setting of Zoology, Arora
-    et al. 2023, arXiv 2312.04927). Attention and its window differ from the memories in the mixer
-    only. vocab: that of the data, where it is no setting of the data.
+def tiny_recall(data: dict[str, Any], *layers: str, vocab: int = 0, dim: int = 64) -> ConfigDict:
+    """A config for a recall task on a CPU: [BaseConv, a mixer or several], one head as wide as the
+    model, no MLP, no positions, LayerNorm, fresh examples at every step (the small setting of
+    Zoology, Arora et al. 2023, arXiv 2312.04927). Attention and its window differ from the memories
+    in the mixer only. vocab: that of the data, where it is no setting of the data.
 
-    Weights start with the spread 1 / sqrt(width): with 0.02, a large model's, the same runs stay at
+    Weights start with the spread 1 / sqrt(dim): with 0.02, a large model's, the same runs stay at
     chance for several hundred steps."""
     plain = {"heads": 1, "rotary_base": 0.0, "convolution": 0, "norm": "layer", "gate": "none"}
     plain |= {"frozen_chunk": 4, "segment": 16}  # 16 tokens bind the pairs
-    # A window of a quarter of the sequence, matrices of 64 x 64; memories that learn keep a
+    # A window of a quarter of the sequence, matrices of dim x dim; memories that learn keep a
     # momentum and frozen weights of that size too, and RWKV keeps its token shift. Atlas has two
-    # heads of 16 x 32, a quarter of that: at each token its Newton-Schulz iterations make products
-    # of whole matrices, so that two of 32 x 32 train three times as long.
-    sizes = {"sliding_window": {"window": 16}, "gla": {"key_dim": 64}}
-    sizes |= {"omega_net": {"key_dim": 64, "degree": 1}}
-    sizes |= {"atlas": {"heads": 2, "key_dim": 16, "degree": 1}}
-    sizes |= {"mamba2": {"expand": 1, "state_dim": 64}}
+    # heads of dim/4 x dim/2, a quarter of that: at each token its Newton-Schulz iterations make
+    # products of whole matrices, so that two of dim/2 x dim/2 train three times as long.
+    sizes = {"sliding_window": {"window": 16}, "gla": {"key_dim": dim}}
+    sizes |= {"omega_net": {"key_dim": dim, "degree": 1}}
+    sizes |= {"atlas": {"heads": 2, "key_dim": dim // 4, "degree": 1}}
+    sizes |= {"mamba2": {"expand": 1, "state_dim": dim}}
     mixers = {}
     for name in itertools.chain.from_iterable(map(mixer_names, layers)):
         known = mixer_options(name)
@@ -145,10 +146,10 @@ def tiny_recall(data: dict[str, Any], *layers: str, vocab: int = 0) -> ConfigDic
         layers=((("base_conv", *layers), 1),),
         mixers=mixers,
         vocab=vocab or data["vocab"],
-        dim=64,
+        dim=dim,
         mlp=0.0,
         norm="layer",
-        std=0.125,
+        std=dim**-0.5,
     )
     settings.batch = 32
     settings.optim.update(final=0.0, b2=0.999)

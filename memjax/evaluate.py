@@ -4,9 +4,11 @@
     python -m memjax.evaluate --workdir=runs/quickstart --length=32768
 
 Text: bits per byte by the number of tokens that the model has seen of the document, and by file.
-Tasks: accuracy by the distance between a query and what it asks for, by row, and by whatever else
-the task marks. A longer row than in training shows whether the memory holds on; it is read in
-pieces, so that it takes no more memory.
+Tasks: accuracy per query, per row and per kind of answer, by the distance between a query and what
+it asks for, by position where all in a row are scored, and by whatever else the task marks; the
+loss of the best prediction that is possible beside the model's, where the task knows it. A longer
+row than in training shows whether the memory holds on; it is read in pieces, so that it takes no
+more memory.
 """
 
 import functools
@@ -27,10 +29,12 @@ from memjax.typing import PyTree
 
 # Facts of the data that do not change what is held out; a task's examples are an endless stream.
 MAY_DIFFER = (
-    "length", "shuffle", "workers", "batch", "seed", "shards", "hash", "eval_examples",
+    "length", "shuffle", "workers", "batch", "seed", "shards", "hash", "eval_examples", "test",
 )  # fmt: skip
 PIECE = 4096  # tokens of a row that are read at once
 SHOWN = 10  # files in the table, hardest first
+MANY = 24  # values of a fact that have a line each
+LABELS = {"distance": "tokens since the answer", "to": "scored positions of the row"}
 
 Scored = dict[str, np.ndarray]
 
@@ -41,8 +45,8 @@ def score_rows(model: LanguageModel, params: PyTree, source: data.Data, limit: i
     score = jax.jit(given, donate_argnames="state")
     for batch in source.evaluation(limit):
         state, parts = None, []
-        rows = {name: array for name, array in batch.items() if array.ndim == 2}
-        for at in range(0, source.length, PIECE):
+        rows = {name: array for name, array in batch.items() if array.ndim > 1}
+        for at in range(0, source.evaluation_length, PIECE):
             piece = {name: array[:, at : at + PIECE] for name, array in rows.items()}
             scores = score(params, piece, state=state)
             state = scores.state
@@ -104,38 +108,95 @@ def _context(reset: np.ndarray) -> np.ndarray:
     return position - start + 1
 
 
-def of_task(batches: Iterator[Scored]) -> dict:
-    """Accuracy per query and per row, by distance, by every group of positions that is marked, and
-    by every fact of a row."""
-    correct, distance, rows, share = [], [], [], []
-    groups: dict[str, list] = {}
-    facts: dict[str, list] = {}
-    for batch in batches:
-        mask = batch["mask"]
-        used = mask.any(axis=1)
-        rows.append((batch["correct"] | ~mask).all(axis=1)[used])
-        share.append((batch["correct"] & mask).sum(axis=1)[used] / mask.sum(axis=1)[used])
-        correct.append(batch["correct"][mask])
-        distance.append(batch["distance"][mask])
-        for name, marked in batch.items():
-            if marked.dtype == bool and name not in ("mask", "reset", "correct"):
-                groups.setdefault(name, []).append(marked[mask])
-            if marked.ndim == 1:
-                facts.setdefault(name, []).append(marked[used])
-    right, far = np.concatenate(correct), np.concatenate(distance)
-    whole, part = np.concatenate(rows), np.concatenate(share)
+def of_task(batches: Iterator[Scored], chance: float) -> dict:
+    """Loss, accuracy per query, per row and per answer, and tables by distance, position, every
+    group of positions that is marked, and every fact of a row.
+
+    chance: the query accuracy of a guess.
+    """
+    query, row = _gathered(batches)
+    right, holds = query.pop("correct"), query.pop("holds")
+    per_query = {"query_accuracy": right}
+    per_row = {"query_accuracy": row.pop("share"), "sequence_accuracy": row.pop("whole")}
+    losses = {"loss": query.pop("nats")}
+    if "oracle" in query:
+        losses["oracle"] = query.pop("oracle")
+    by_answer = grouped("answer", query.pop("targets"), per_query, "queries")
     found = {
         "query_accuracy": right.mean(),
-        "sequence_accuracy": whole.mean(),
-        "by_distance": grouped("distance", far, {"query_accuracy": right}, "queries"),
+        "sequence_accuracy": per_row["sequence_accuracy"].mean(),
+        "scaled_accuracy": train_step.scaled(right.mean(), chance),
+        "macro_accuracy": np.mean([line["query_accuracy"] for line in by_answer]),
+        **{name: values.mean() for name, values in losses.items()},
     }
-    for name, marks in groups.items():
-        by = grouped(name, np.concatenate(marks), {"query_accuracy": right}, "queries")
-        found["by_" + name] = [{**row, name: bool(row[name])} for row in by[::-1]]
-    for name, values in facts.items():
-        figures = {"query_accuracy": part, "sequence_accuracy": whole}
-        found["by_" + name] = grouped(name, np.concatenate(values), figures, "rows")
+    count, consecutive = query.pop("count"), row.pop("consecutive").all()
+    if "distance" in query:
+        found["by_distance"] = grouped("distance", query.pop("distance"), per_query, "queries")
+    if consecutive and count.max() > 1:
+        found["by_position"] = _by_position(count, {**per_query, **losses}, holds)
+    for name, marks in query.items():
+        by = grouped(name, marks, {**per_query, **losses}, "queries")
+        found["by_" + name] = [{**line, name: bool(line[name])} for line in by[::-1]]
+    for name, values in row.items():
+        found["by_" + name] = by_fact(name, values, per_row)
     return found
+
+
+def _gathered(batches: Iterator[Scored]) -> tuple[Scored, Scored]:
+    """What batches say of each scored position [N] and of each row [R], by name.
+
+    Of positions also count, how many of the row are scored up to it, itself included, and holds,
+    whether all these are right; of rows share, the accuracy, whole, whether all is right, and
+    consecutive, whether the scored positions stand one behind another.
+    """
+    query: dict[str, list] = {}
+    row: dict[str, list] = {}
+    for batch in batches:
+        used = batch["mask"].any(axis=1)
+        mask, right = batch["mask"][used], (batch["correct"] & batch["mask"])[used]
+        first, end = mask.argmax(axis=1), mask.shape[1] - mask[:, ::-1].argmax(axis=1)
+        of_positions = {
+            name: array[used]
+            for name, array in batch.items()
+            if array.shape == batch["mask"].shape and name not in ("inputs", "mask", "reset")
+        }
+        of_positions["count"] = mask.cumsum(axis=1)
+        of_positions["holds"] = np.logical_and.accumulate(right | ~mask, axis=1)
+        of_rows = {name: array[used] for name, array in batch.items() if array.ndim == 1}
+        of_rows["share"] = right.sum(axis=1) / mask.sum(axis=1)
+        of_rows["whole"] = (right == mask).all(axis=1)
+        of_rows["consecutive"] = mask.sum(axis=1) == end - first
+        for name, array in of_positions.items():
+            query.setdefault(name, []).append(array[mask])
+        for name, array in of_rows.items():
+            row.setdefault(name, []).append(array)
+    joined = [{n: np.concatenate(parts) for n, parts in each.items()} for each in (query, row)]
+    return joined[0], joined[1]
+
+
+def _by_position(count: np.ndarray, figures: Mapping[str, np.ndarray], holds: np.ndarray) -> list:
+    """Means of figures over the scored positions up to the 1st, 2nd, 4th ... of their row, from
+    behind the one before, and the share of rows in which all is right up to there."""
+    to = np.minimum(2 ** np.ceil(np.log2(count)).astype(int), count.max())
+    lines = grouped("to", to, figures, "queries")
+    return [
+        {**line, "sequence_accuracy": holds[count == line["to"]].mean(), "queries": number}
+        for line, number in ((line, line.pop("queries")) for line in lines)
+    ]
+
+
+def by_fact(name: str, values: np.ndarray, figures: Mapping[str, np.ndarray]) -> list:
+    """The means of figures of rows for each value of a fact; for each octave of it where there are
+    more than MANY."""
+    if len(np.unique(values)) <= MANY:
+        return grouped(name, values, figures, "rows")
+    octaves = np.floor(np.log2(np.maximum(values, 1))).astype(int)
+    lines = grouped("octave", octaves, figures, "rows")
+    borders = [(values[octaves == n].min(), values[octaves == n].max()) for n in np.unique(octaves)]
+    return [
+        {name: int(low), "to": int(high)} | {k: v for k, v in line.items() if k != "octave"}
+        for line, (low, high) in zip(lines, borders, strict=True)
+    ]
 
 
 def grouped(name: str, keys: np.ndarray, figures: Mapping[str, np.ndarray], unit: str) -> list:
@@ -164,16 +225,20 @@ def table(found: Mapping[str, Any]) -> str:
         if name == "by_file":
             rows = sorted(rows, key=lambda row: -row["bits_per_byte"])
             lines[-1] += f" (the {SHOWN} hardest of {len(rows)})" if len(rows) > SHOWN else ""
+        figures = [key for key, value in rows[0].items() if isinstance(value, float)]
+        lines[-1] = f"{lines[-1]:<32}" + "".join(f"{key.replace('_', ' '):>19}" for key in figures)
+        lines[-1] += f"{list(rows[0])[-1]:>11}"
         for row in rows[: SHOWN if name == "by_file" else None]:
             *known, count = row.values()
             label = " - ".join(str(part) for part in known if not isinstance(part, float))
-            values = " ".join(f"{part:8.4f}" for part in known if isinstance(part, float))
-            lines.append(f"  {label:<32} {values}  {count:>9,}")
+            values = "".join(f"{row[key]:>19.4f}" for key in figures)
+            lines.append(f"  {label:<30}{values}{count:>11,}")
     return "\n".join(lines)
 
 
 def draw(found: Mapping[str, Any], path: str, title: str) -> None:
-    """A PNG: bits per byte by context and over the files, or accuracy by distance."""
+    """A PNG: bits per byte by context and over the files, or a task's accuracy by distance, by
+    position, or by the first of the other tables."""
     figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
     if "by_context" in found:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -188,10 +253,12 @@ def draw(found: Mapping[str, Any], path: str, title: str) -> None:
             axes.axhline(found["bits_per_byte"], color="0.6", linewidth=1)
     else:
         axes = figure.subplots()
-        rows = found["by_distance"]
-        axes.plot([r["distance"] for r in rows], [r["query_accuracy"] for r in rows], "o-")
+        name = next(name for name, value in found.items() if isinstance(value, list))
+        key = next(iter(found[name][0]))
+        across, up = ([row[f] for row in found[name]] for f in (key, "query_accuracy"))
+        axes.plot([float(x) for x in across], up, "o-")
         axes.axhline(found["query_accuracy"], color="0.6", linewidth=1)
-        axes.set(ylim=(-0.02, 1.02), xlabel="tokens since the answer", ylabel="query accuracy")
+        axes.set(ylim=(-0.02, 1.02), xlabel=LABELS.get(key, key), ylabel="query accuracy")
     figure.suptitle(title)
     FigureCanvasAgg(figure).print_png(path)
 
@@ -219,6 +286,8 @@ def evaluate(workdir: str, step: int | None = None, length: int = 0, rows: int =
         raise config.UserError(f"--length={length}: the model's attention holds {limit} tokens")
     if length:
         settings["length"] = length
+        if "test" in settings:
+            settings["test"] = {**settings["test"], "length": length}
         batch = min(batch, max(1, batch * meta["data"]["length"] // length))
     if rows and task:
         settings["eval_examples"] = rows
@@ -234,11 +303,12 @@ def evaluate(workdir: str, step: int | None = None, length: int = 0, rows: int =
     some = None if task or not rows else math.ceil(rows / batch)
     scored = score_rows(model, params, source, some)
     if source.tokeniser is None:
-        found = of_task(scored)
+        assert source.chance is not None
+        found = of_task(scored, source.chance)
     else:
         names, sizes = () if some else source.heldout, [*map(len, source.tokeniser.pieces)]
         found = of_text(scored, names, np.array(sizes))
-    return {"workdir": workdir, "step": step, "length": source.length, **found}
+    return {"workdir": workdir, "step": step, "length": source.evaluation_length, **found}
 
 
 def define_flags() -> None:

@@ -55,7 +55,7 @@ def _train(settings, workdir, stopped):
     with config.user_errors("config"):
         run = train_step.build(settings)
         abstract = run.abstract_state()
-        example = run.put(next(run.data.evaluation(1)))
+        example = run.put(run.data.example)
         lowered = run.step.lower(abstract, example)
     start = None
     if settings.get("init_from") and not checkpoint.exists(workdir):

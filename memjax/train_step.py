@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from memjax import data, optim, sharding
-from memjax.nn.lm import LanguageModel, ModelConfig, reports_loss
+from memjax.nn.lm import LanguageModel, ModelConfig, blank, reports_loss
 from memjax.registry import unknown
 from memjax.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -167,9 +167,12 @@ def make_eval_step(
     return step
 
 
-def summarise(sums: Mapping[str, float], bytes_per_token: float | None = None) -> dict[str, float]:
+def summarise(
+    sums: Mapping[str, float], bytes_per_token: float | None = None, chance: float | None = None
+) -> dict[str, float]:
     """Means from the sums of `make_eval_step`: loss in nats per scored position, accuracy per
-    position and per row, accuracy of each group, bits_per_byte for text."""
+    position and per row, accuracy of each group, bits_per_byte for text; where a guess is right
+    with probability `chance` also accuracy per position scaled so that a guess has 0."""
     out = {"loss": sums["nats"] / sums["scored"]}
     if bytes_per_token is not None:
         out["bits_per_byte"] = out["loss"] / np.log(2) / bytes_per_token
@@ -177,11 +180,18 @@ def summarise(sums: Mapping[str, float], bytes_per_token: float | None = None) -
     if bytes_per_token is None:
         out["query_accuracy"] = out.pop("accuracy")
         out["sequence_accuracy"] = sums["rows_correct"] / sums["rows"]
+    if chance is not None:
+        out["scaled_accuracy"] = scaled(out["query_accuracy"], chance)
     for key in sums:
         name = key.removeprefix("scored/")
         if name != key and sums[key]:
             out[f"query_accuracy/{name}"] = sums[f"correct/{name}"] / sums[key]
     return {name: float(value) for name, value in out.items()}
+
+
+def scaled(accuracy: float, chance: float) -> float:
+    """Accuracy so that a guess has 0 and no mistake 1 (Beck et al. 2024, arXiv 2405.04517)."""
+    return (accuracy - chance) / (1 - chance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +243,7 @@ class Training:
         for batch in self.data.evaluation(limit):
             for name, value in jax.device_get(self.evaluate(params, self.put(batch))).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        return summarise(sums, self.data.bytes_per_token)
+        return summarise(sums, self.data.bytes_per_token, self.data.chance)
 
     def _init(self, key: PRNGKeyArray) -> TrainState:
         params = init_params(self.model, key)
@@ -242,7 +252,7 @@ class Training:
 
 def init_params(model: LanguageModel, key: PRNGKeyArray) -> PyTree:
     """Initial parameters, boxed with their logical axis names."""
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return model.init(key, blank(model.config, 1, 2))["params"]
 
 
 def abstract_params(model: LanguageModel) -> PyTree:
@@ -257,11 +267,12 @@ def build(config: Any) -> Training:
     """
     model_config = model_of(config)
     source = data.make(config.data, batch=config.batch, seed=config.seed)
-    if model_config.vocab != source.vocab:
-        raise ValueError(
-            f"model.vocab is {model_config.vocab}, the data has {source.vocab} tokens; "
-            f"set model.vocab to {source.vocab}"
-        )
+    for name in ("vocab", "features"):
+        given, needed = getattr(model_config, name), getattr(source, name)
+        if given != needed:
+            raise ValueError(
+                f"model.{name} is {given}, the data has {needed}; set model.{name} to {needed}"
+            )
     if config.accumulate < 1 or config.batch % config.accumulate:
         raise ValueError(
             f"accumulate {config.accumulate} does not divide the batch of {config.batch} rows"
@@ -278,7 +289,7 @@ def build(config: Any) -> Training:
         optimizer=optimizer,
         schedule=schedule,
         step=jax.jit(step, donate_argnums=0),
-        evaluate=jax.jit(make_eval_step(model, source.queries)),
+        evaluate=jax.jit(make_eval_step(model, source.evaluation_queries)),
         seed=config.seed,
     )
     # Left to itself, XLA may return a parameter placed otherwise than it came.

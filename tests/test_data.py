@@ -8,7 +8,7 @@ import grain
 import numpy as np
 import pytest
 
-from memjax import data
+from memjax import data, tasks
 from memjax.data import pipeline, sources, tokens
 
 
@@ -270,7 +270,7 @@ def test_fingerprint_changes_with_the_files(folder):
     ("wrong", "message"),
     [
         ({"name": "txt"}, r"data\.name='txt': allowed sources are text, tfds.*mean 'text'"),
-        ({"name": None}, r"data\.name=None: allowed sources are text, tfds, mqar, forgetting_mqar"),
+        ({"name": None}, r"data\.name=None: allowed sources are text, tfds, .*mqar"),
         ({"name": "text", "lenght": 8}, r"lenght=8.*allowed are bpe, .*mean 'length'"),
         ({"name": "mqar", "updates": 8}, r"data\.updates=8: the source 'mqar' has no such"),
         ({"name": "text", "length": 8.5}, r"data\.length=8\.5 is of type float.*an integer"),
@@ -329,6 +329,47 @@ def test_make_task(name):
     changed = data.make({**small, "noise": False}, batch=4, seed=7).fingerprint
     differs = {k for k in changed if changed[k] != made.fingerprint[k]}
     assert differs == {"noise", "hash"}
+
+
+def test_evaluation_of_a_task_may_have_other_settings():
+    small = {"name": "mqar", "length": 32, "pairs": 2, "vocab": 64, "eval_examples": 3}
+    made = data.make({**small, "test": {"length": 48, "pairs": 8}}, batch=2, seed=0)
+    assert (made.length, made.evaluation_length) == (32, 48)
+    assert (made.queries, made.evaluation_queries) == (2, 8)
+    assert next(iter(made.train))["inputs"].shape == (2, 32)
+    assert next(made.evaluation())["inputs"].shape == (2, 48)
+    assert made.fingerprint["hash"] != data.make(small, batch=2, seed=0).fingerprint["hash"]
+
+
+def test_a_finite_set_of_examples_is_shuffled_anew_each_epoch():
+    small = {"name": "mqar", "length": 32, "pairs": 2, "vocab": 64, "train_examples": 6}
+    made = data.make(small, batch=2, seed=0)
+    rows = check_resume(made.train, 4, 5)[0]["inputs"]
+    batches = iter(made.train)
+    epochs = [[next(batches)["inputs"].tobytes() for _ in range(3)] for _ in range(3)]
+    source = tasks.make("mqar", length=32, pairs=2, vocab=64, seed=0)
+    every = {source[i]["inputs"].tobytes() for i in range(6)}
+    assert rows.shape == (2, 32) and len({tuple(epoch) for epoch in epochs}) == 3
+    for epoch in epochs:
+        joined = b"".join(epoch)
+        size = len(joined) // 6
+        assert {joined[i * size : (i + 1) * size] for i in range(6)} == every
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train_examples": -1}, "train_examples=-1: allowed is at least 0; use 0 for new"),
+        ({"test": {"lenght": 3}}, "data.test.lenght=3: the source 'mqar' has no such setting.*len"),
+        ({"test": {"length": "3"}}, "data.test.length='3' is of type str; it must be an integer"),
+        ({"test": {"eval_examples": 3}}, "data.test.eval_examples=3: .* no such setting"),
+        ({"test": {"vocab": 65}}, "vocab 65 by the settings of data.test: allowed is 64"),
+    ],
+)
+def test_wrong_settings_of_evaluation(change, message):
+    small = {"name": "mqar", "length": 32, "pairs": 2, "vocab": 64}
+    with pytest.raises(ValueError, match=message):
+        data.make({**small, **change}, batch=2, seed=0)
 
 
 def test_make_passkey():

@@ -112,13 +112,20 @@ def test_task_against_a_loop():
         "correct": mask & (rng.random((6, 9)) < 0.6),
         "distance": rng.integers(1, 4, (6, 9)) * mask,
         "inputs": np.zeros((6, 9), int),
+        "targets": rng.integers(0, 3, (6, 9)) * mask,
+        "nats": rng.random((6, 9)) * mask,
         "depth": np.array([0, 7, 7, 7, 0, 7]),
     }
     parts = [{k: v[:4] for k, v in batch.items()}, {k: v[4:] for k, v in batch.items()}]
-    found = evaluate.of_task(iter(parts))
+    found = evaluate.of_task(iter(parts), 0.25)
     assert found["query_accuracy"] == pytest.approx(batch["correct"].sum() / mask.sum())
     rows = [batch["correct"][i][mask[i]].all() for i in range(6) if i != 2]
     assert found["sequence_accuracy"] == pytest.approx(np.mean(rows))
+    assert found["scaled_accuracy"] == pytest.approx((found["query_accuracy"] - 0.25) / 0.75)
+    of_answers = [batch["correct"][mask & (batch["targets"] == a)].mean() for a in range(3)]
+    assert found["macro_accuracy"] == pytest.approx(np.mean(of_answers))
+    assert found["loss"] == pytest.approx(batch["nats"].sum() / mask.sum())
+    assert "by_position" not in found  # other positions stand between the scored ones
     for row in found["by_distance"]:
         chosen = mask & (batch["distance"] == row["distance"])
         assert row["queries"] == chosen.sum()
@@ -133,6 +140,47 @@ def test_task_against_a_loop():
         }
     shown = evaluate.table(found).splitlines()
     assert shown[-1].split() == ["7", *(f"{row[f]:.4f}" for f in list(row)[1:3]), "3"]
+
+
+def test_a_fact_of_many_values_is_shown_by_octaves():
+    sizes = np.arange(40, 140)
+    right = np.random.default_rng(0).random(100)
+    lines = evaluate.by_fact("size", sizes, {"query_accuracy": right})
+    assert [(line["size"], line["to"], line["rows"]) for line in lines] == [
+        (40, 63, 24), (64, 127, 64), (128, 139, 12),
+    ]  # fmt: skip
+    for line in lines:
+        inside = (sizes >= line["size"]) & (sizes <= line["to"])
+        assert line["query_accuracy"] == pytest.approx(right[inside].mean())
+    assert len(evaluate.by_fact("size", sizes[:24], {"query_accuracy": right[:24]})) == 24
+
+
+def test_consecutive_positions_against_a_loop():
+    """Rows of 7, 3 and 7 scored positions, and one that fills up the last batch."""
+    rng = np.random.default_rng(1)
+    mask = np.zeros((4, 9), bool)
+    mask[0, 1:8] = mask[1, 4:7] = mask[3, 2:] = True
+    correct = mask & (rng.random((4, 9)) < 0.8)
+    batch = {"mask": mask, "correct": correct, "targets": mask.astype(int)}
+    batch |= {name: rng.random((4, 9)) * mask for name in ("nats", "oracle")}
+    found = evaluate.of_task(iter([batch]), 0.5)
+    assert found["oracle"] == pytest.approx(batch["oracle"].sum() / mask.sum())
+    assert "by_distance" not in found
+    rows = [np.flatnonzero(mask[i]) for i in (0, 1, 3)]
+    for line, low in zip(found["by_position"], (0, 1, 2, 4), strict=True):
+        parts = [(i, at[low : line["to"]]) for i, at in zip((0, 1, 3), rows, strict=True)]
+        for name, array in (("query_accuracy", correct), ("loss", batch["nats"])):
+            values = np.concatenate([array[i, at] for i, at in parts])
+            assert line[name] == pytest.approx(values.mean())
+        prefixes = [at[: line["to"]] for at in rows]
+        whole = [
+            correct[i, at].all()
+            for i, at in zip((0, 1, 3), prefixes, strict=True)
+            if len(at) == line["to"]
+        ]
+        assert line["sequence_accuracy"] == pytest.approx(np.mean(whole))
+        assert line["queries"] == len(values)
+    assert [line["to"] for line in found["by_position"]] == [1, 2, 4, 7]
 
 
 @pytest.fixture

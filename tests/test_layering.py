@@ -37,6 +37,7 @@ HELPERS = (
     "memjax.peers",
     "memjax.profile",
     "memjax.progress",
+    "memjax.results",
     "memjax.sharding",
 )
 SOURCES = ("memjax.data", "memjax.tasks")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from models import BATCH, LENGTH, VOCAB
 
-from memjax.nn.lm import LanguageModel, capacity, initial_state
+from memjax.nn.lm import LanguageModel, ModelConfig, blank, capacity, initial_state
 from memjax.recurrence import positions
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -264,6 +264,35 @@ def test_remat_changes_memory_only(name):
     assert results[0].keys() == results[1].keys()
     for path, leaf in results[0].items():
         assert contract.distance(results[1][path], leaf) <= 1e-5, path
+
+
+def test_vectors_that_stand_for_tokens_give_what_tokens_give():
+    """One-hot inputs select rows of the matrix that reads vectors."""
+    sizes = dict(vocab=VOCAB, dim=16, layers=((("delta_net",), 1),), tie=False)
+    of_tokens = LanguageModel(ModelConfig(**sizes))
+    of_vectors = LanguageModel(ModelConfig(**sizes, features=VOCAB))
+    tokens = jnp.asarray(models.text())
+    params = of_tokens.init(jax.random.key(0), tokens)["params"]
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: a.shape == b.shape,
+            params,
+            jax.eval_shape(
+                lambda: of_vectors.init(jax.random.key(0), blank(of_vectors.config, 1, 2))
+            )["params"],
+        )
+    )
+    expected, state = of_tokens.apply({"params": params}, tokens)
+    found, other = of_vectors.apply({"params": params}, jax.nn.one_hot(tokens, VOCAB))
+    for a, b in zip(
+        jax.tree.leaves((expected, state)), jax.tree.leaves((found, other)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert initial_state(of_vectors, params, 1)["position"] == 0
+    with pytest.raises(
+        ValueError, match="model.features must be 0, or above 0 with model.tie=False"
+    ):
+        ModelConfig(**{**sizes, "tie": True}, features=3)
 
 
 def test_positions_count_written_tokens_of_the_document():

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from task_checks import refuses
 
 from memjax import tasks
 from memjax.data import tokens
@@ -109,3 +110,18 @@ def test_show_prints_the_text(monkeypatch, capsys):
     assert shown.endswith(text.lstrip(" ") + "\n") and f"answer    {text[-7:]}\n" in shown
     assert f"depth     {example['depth']} %" in shown and "haystack  7 lines" in shown
     assert f"distance  {example['distance'][-1]} tokens" in shown
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(length=177), "haystack takes 178 bytes, .* use length=178 or more"),
+        (dict(template="long"), "template='long' .* short, ruler"),
+        (dict(distractors=-1), "distractors=-1 .* 0 or more"),
+        (dict(every_byte=1), "every_byte=1 has the type int"),
+        (dict(split="valid"), "split='valid' .* train, test"),
+        (dict(vocab=259), "unknown setting 'vocab'"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    refuses("passkey", settings, message)

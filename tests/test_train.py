@@ -16,7 +16,7 @@ import pytest
 import tiny_runs as runs
 
 import memjax
-from memjax import checkpoint, config, metrics, train, train_step
+from memjax import checkpoint, config, evaluate, metrics, train, train_step
 from memjax.data import tokens
 
 # What the first step of training reports, and the loss of the second. To 1e-4: a change of the
@@ -301,6 +301,24 @@ def test_a_finished_run_given_again_changes_no_result(workdir):
         settings.log.every = 5  # how a run is logged may change
     assert train.train(settings, workdir)["finished"] is True
     assert (runs.records(workdir), runs.summary(workdir)) == before
+
+
+def test_evaluation_rows_may_be_longer_than_those_of_training(tmp_path):
+    """A mixture is tested with longer rows and more pairs, on vectors too."""
+    sizes = {"steps": 2, "batch": 4, "optim.warmup": 1, "eval.batches": 1, "data.eval_examples": 6}
+    settings = runs.load(f"{runs.ROOT}/configs/recall.py:linear_attention,dim=8", sizes)
+    settings.data.update(cells="8x1,16x3", settings="vocab=34")
+    settings.data.test.cells = "16x4,32x8"
+    settings.model.vocab = 34
+    summary = train.train(settings, str(tmp_path / "tokens"))
+    assert summary["finished"] and 0 <= summary["query_accuracy"] <= 1
+    found = evaluate.evaluate(str(tmp_path / "tokens"))
+    assert found["length"] == 32 and [row["pairs"] for row in found["by_pairs"]] == [4, 8]
+    assert found["query_accuracy"] == pytest.approx(summary["query_accuracy"])
+    task = f"{runs.ROOT}/configs/recall.py:linear_attention,dim=8,task=stacked_mqar"
+    small = {"data.length": 4, "data.pairs": 2, "data.values": 5, "data.width": 3}
+    given = {**sizes, **small, "model.vocab": 5, "model.features": 6}
+    assert train.train(runs.load(task, given), str(tmp_path / "vectors"))["finished"]
 
 
 def test_a_run_starts_with_the_parameters_of_another(tmp_path, workdir):

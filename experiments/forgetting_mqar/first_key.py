@@ -2,22 +2,23 @@
 
     python experiments/forgetting_mqar/first_key.py attention linear_attention
 
-Of the runs of seed 0 that `experiments/sweep.py forgetting_mqar --steps=500` has made.
+Of the runs of seed 0 in float32 that sweep.py, beside this file, has made in runs/.
 """
 
-import pathlib
 import sys
 
 import numpy as np
 
 from memjax import data, evaluate, generate
-
-RUNS = pathlib.Path(__file__).parents[2] / "runs" / "forgetting_mqar"
+from memjax.sweep import Runner, Sweep, chosen
 
 
 def main(cells):
+    sweep = Sweep("experiments/forgetting_mqar/sweep.py")
+    runner = Runner(sweep, jobs=1, root="runs")
     for cell in cells:
-        _, model, params, meta = generate.load(str(RUNS / f"{cell}-0-500"))
+        (trial,) = chosen(sweep.trials, f"cell={cell},seed=0,dtype=float32")
+        _, model, params, meta = generate.load(runner.workdir(trial))
         settings = meta["config"]
         source = data.make(settings["data"], batch=settings["batch"], seed=settings["seed"])
         found = {"first key": [], "other keys": []}

@@ -116,8 +116,11 @@ def text_rows(
     return rows
 
 
-def task_rows(source: Any, *, batch: int, shard: tuple[int, int] = (0, 1)) -> grain.IterDataset:
-    """Endless batches of a task source in the order of its index.
+def task_rows(
+    source: Any, *, batch: int, shard: tuple[int, int] = (0, 1), examples: int = 0, seed: int = 0
+) -> grain.IterDataset:
+    """Endless batches of a task source in the order of its index, or of its first examples only,
+    shuffled anew each epoch.
 
     Global batch b of n shards holds examples b*n*B to (b+1)*n*B - 1, of which shard i takes every
     n-th from the i-th.
@@ -126,8 +129,13 @@ def task_rows(source: Any, *, batch: int, shard: tuple[int, int] = (0, 1)) -> gr
       source: random access; `source[i]` is a dict of arrays [T].
       batch: B, rows of one batch of this shard.
       shard: (index, count) of this data shard.
+      examples: how many there are; 0 for all that the source has, in order.
+      seed: of the shuffle.
     """
-    dataset = grain.MapDataset.source(source).repeat(None)[shard[0] :: shard[1]]
+    dataset = grain.MapDataset.source(source)
+    if examples:
+        dataset = dataset[:examples].seed(seed).shuffle()
+    dataset = dataset.repeat(None)[shard[0] :: shard[1]]
     return _here(dataset).batch(batch, drop_remainder=True)
 
 
@@ -154,6 +162,11 @@ class TextEvaluation:
             window = stream[first : first + self._length + 1]
             row[key] = np.pad(window, (0, self._length + 1 - len(window)))
         return examples(row)
+
+
+def blank(row: Batch, batch: int) -> Batch:
+    """A batch of rows of zeros with the shapes of `row`."""
+    return {key: np.zeros((batch, *array.shape), array.dtype) for key, array in row.items()}
 
 
 def evaluation_batches(

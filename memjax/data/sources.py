@@ -20,29 +20,19 @@ _VERSION = 1
 # Bytes of training text that the baselines and a byte-pair encoding are fitted on.
 _SAMPLE = 2**26
 
-_MQAR: dict[str, Any] = {
-    "length": 64,
-    "pairs": 8,
-    "vocab": 1024,
-    "power": 0.01,
-    "noise": True,
-    "eval_examples": 3000,
-}
+
+def _examples(task):
+    """How many examples are held out, and how many a run trains on again and again, 0 for new
+    ones at every step."""
+    return {"eval_examples": tasks.eval_examples(task), "train_examples": 0}
+
 
 # The settings of each source, with their defaults; a default's type is the setting's type.
 _ROWS: dict[str, Any] = {"length": 512, "shuffle": 1024, "workers": 0, "bpe": 0, "field": "text"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "text": {"glob": "", "holdout": 0.05, **_ROWS},
     "tfds": {"dataset": "", "folder": "", "train": "train", "heldout": "test", **_ROWS},
-    "mqar": _MQAR,
-    "forgetting_mqar": {**_MQAR, "updates": 8},
-    "passkey": {
-        "length": 512,
-        "template": "short",
-        "distractors": 0,
-        "every_byte": False,
-        "eval_examples": 400,
-    },
+    **{name: {**tasks.settings(name), **_examples(name)} for name in tasks.names()},
 }
 
 
@@ -53,31 +43,40 @@ class Data:
     Attributes:
       train: endless batches of this shard. `iter(train)` gives an iterator with `get_state` and
         `set_state`; with workers, `close()` it after use.
+      example: a training batch of zeros, for its shapes.
       evaluation: called with no argument it yields every evaluation batch, the same each time;
         `evaluation(n)` yields at most n of them, spread evenly.
       evaluation_count: number of batches of `evaluation()`.
       vocab: number of tokens.
-      length: T, tokens of a row.
-      queries: scored positions of every row, or None where rows differ (text).
+      features: F, numbers that a position of `inputs` holds in place of a token; 0 for tokens.
+      length: T, tokens of a training row.
+      queries: the largest number of scored positions of a training row, or None for all (text).
+      evaluation_length, evaluation_queries: those of an evaluation row.
       bytes_per_token: bytes that a scored target of the held-out text stands for on average, so
         that its bits per byte are nats per scored target / ln 2 / bytes_per_token; None where
         targets are no text.
       heldout: names of the held-out files in the order of `evaluation`; () for tasks.
       tokeniser: of text, or None where tokens are no text.
+      chance: the query accuracy of a guess; None for text.
       baselines: computes reference figures by name: bits per byte of the held-out files for text,
         the query accuracy of a guess (`chance`) for tasks.
       fingerprint: everything the order of the training data depends on, with its `hash`.
     """
 
     train: grain.IterDataset
+    example: pipeline.Batch
     evaluation: Callable[..., Iterator[pipeline.Batch]]
     evaluation_count: int
     vocab: int
+    features: int
     length: int
     queries: int | None
+    evaluation_length: int
+    evaluation_queries: int | None
     bytes_per_token: float | None
     heldout: tuple[str, ...]
     tokeniser: tokens.Tokeniser | None
+    chance: float | None
     baselines: Callable[[], dict[str, float]]
     fingerprint: dict[str, Any]
 
@@ -92,7 +91,7 @@ def make(
 
     Args:
       config_data: `name`, one of `SETTINGS`, and any of that source's settings; a setting that is
-        left out has its default.
+        left out has its default. A task may have `test`, the settings that differ in evaluation.
       batch: rows of a step over all shards together; each shard gets batch / shards of them.
       seed: of the training order (text) or of the training examples (tasks), 0 to 2**32 - 1.
       shard: (index, count) of the data shard to make.
@@ -170,13 +169,18 @@ def _documents(train, heldout, facts, settings, batch, seed, shard, order):
             workers=workers,
             tokeniser=tokeniser,
         ),
+        example=pipeline.blank(rows[0], batch),
         **_evaluation(rows, len(rows), batch, shard),
         vocab=tokeniser.vocab,
+        features=0,
         length=length,
         queries=None,
+        evaluation_length=length,
+        evaluation_queries=None,
         bytes_per_token=size / rows.tokens,
         heldout=heldout.names,
         tokeniser=tokeniser,
+        chance=None,
         baselines=lambda: baselines.baselines(tokens.sample(train, _SAMPLE), heldout.texts),
         fingerprint=fingerprint,
     )
@@ -184,20 +188,31 @@ def _documents(train, heldout, facts, settings, batch, seed, shard, order):
 
 def _task(name, settings, batch, seed, shard, order):
     facts = dict(settings)
-    count = settings.pop("eval_examples")
+    count, trained, other = map(settings.pop, ("eval_examples", "train_examples", "test"))
     _check(count >= 1, f"data.eval_examples={count}", "at least 1", "use 3000")
+    _check(trained >= 0, f"data.train_examples={trained}", "at least 0",
+           "use 0 for new examples at every step")  # fmt: skip
     source = tasks.make(name, split="train", seed=seed, **settings)
-    test = tasks.make(name, split="test", seed=0, **settings)
+    test = tasks.make(name, split="test", seed=0, **{**settings, **other})
+    for fact in ("vocab", "features"):
+        expected, found = getattr(source, fact), getattr(test, fact)
+        _check(expected == found, f"{fact} {found} by the settings of data.test",
+               f"{expected}, as in training", "leave it out there")  # fmt: skip
     return Data(
-        train=pipeline.task_rows(source, batch=batch, shard=shard),
+        train=pipeline.task_rows(source, batch=batch, shard=shard, seed=seed, examples=trained),
+        example=pipeline.blank(source[0], batch),
         **_evaluation(test, count, batch, shard),
         vocab=source.vocab,
+        features=source.features,
         length=source.length,
         queries=source.queries,
+        evaluation_length=test.length,
+        evaluation_queries=test.queries,
         bytes_per_token=None,
         heldout=(),
         tokeniser=None,
-        baselines=lambda: {"chance": source.chance},
+        chance=test.chance,
+        baselines=lambda: {"chance": test.chance},
         fingerprint=_fingerprint(source=name, **facts, packing="none", workers=0, **order),
     )
 
@@ -226,14 +241,25 @@ def _settings(config_data):
             f"choose one{_near(name, SETTINGS)}"
         )
     defaults = SETTINGS[name]
+    test = dict(given.pop("test", {}).items()) if name in tasks.names() else {}
+    settings = {**defaults, **_checked("data", name, given, defaults)}
+    if name in tasks.names():
+        known = {key: value for key, value in defaults.items() if key not in _examples(name)}
+        settings["test"] = _checked("data.test", name, test, known)
+    return name, settings
+
+
+def _checked(where, name, given, defaults):
+    """The given settings in the types of their defaults."""
     for key, value in given.items():
         if key not in defaults:
             raise ValueError(
-                f"data.{key}={value!r}: the source {name!r} has no such setting; allowed are "
+                f"{where}.{key}={value!r}: the source {name!r} has no such setting; allowed are "
                 f"{', '.join(sorted(defaults))}{_near(key, defaults)}"
             )
-        given[key] = _typed(key, value, type(defaults[key]))
-    return name, {**defaults, **given}
+    return {
+        key: _typed(f"{where}.{key}", value, type(defaults[key])) for key, value in given.items()
+    }
 
 
 def _typed(key, value, kind):
@@ -242,7 +268,7 @@ def _typed(key, value, kind):
     if not isinstance(value, accepts) or is_flag != (kind is bool):
         words = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
         raise ValueError(
-            f"data.{key}={value!r} is of type {type(value).__name__}; "
+            f"{key}={value!r} is of type {type(value).__name__}; "
             f"it must be {words[kind]}: change it in the config"
         )
     return kind(value)

@@ -23,12 +23,13 @@ NORMS = ("rms", "layer")
 class ModelConfig:
     """The sizes of a model.
 
-    vocab: number of token ids. dim: width D. layers: pairs (pattern, repeats), a pattern being a
-    tuple of mixers by name, e.g. ((("delta_net", "sliding_window"), 3),). channel: the channel
-    mixer of all layers, "swiglu", "geglu", "rwkv4_channel" or "rwkv7_channel". mlp: its hidden
-    width as a multiple of dim (RWKV: 4), 0 for no channel mixer, whatever channel says.
-    norm: "rms" or "layer". tie: use the embedding as
-    output projection. std: standard deviation of all weights; output projections get
+    vocab: number of token ids. features: numbers that an input holds in place of a token id, read
+    by a linear layer, and vocab is then the number of answers; 0 for tokens. dim: width D.
+    layers: pairs (pattern, repeats), a pattern being a tuple of mixers by name, e.g.
+    ((("delta_net", "sliding_window"), 3),). channel: the channel mixer of all layers, "swiglu",
+    "geglu", "rwkv4_channel" or "rwkv7_channel". mlp: its hidden width as a multiple of dim
+    (RWKV: 4), 0 for no channel mixer, whatever channel says. norm: "rms" or "layer". tie: use the
+    embedding as output projection. std: standard deviation of all weights; output projections get
     std / sqrt(2 layers). dtype: of the computation, "float32" or "bfloat16" (parameters and the
     loss are float32). remat: "none" or "full". mixers: options by mixer name.
     """
@@ -43,6 +44,7 @@ class ModelConfig:
     std: float = 0.02
     dtype: str = "float32"
     remat: str = "none"
+    features: int = 0
     mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -55,6 +57,11 @@ class ModelConfig:
         for name in ("vocab", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1; given {getattr(self, name)}")
+        if self.features < 0 or (self.features and self.tie):
+            raise ValueError(
+                f"model.features must be 0, or above 0 with model.tie=False, as there is no "
+                f"embedding to share; given {self.features} with tie={self.tie}"
+            )
         if self.mlp < 0 or self.std <= 0:
             given = f"{self.mlp}, {self.std}"
             raise ValueError(f"model.mlp must be >= 0 and model.std > 0; given {given}")
@@ -139,26 +146,32 @@ class LanguageModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B T"] | Float[Array, "B T features"],
         state: PyTree | None = None,
         reset: Bool[Array, "B T"] | None = None,
         write: Bool[Array, "B T"] | None = None,
         select: Int[Array, "B S"] | None = None,
         differentiate: bool = True,
     ) -> tuple[Float[Array, "B S vocab"], PyTree]:
-        """reset: first token of a document. write: False for padding, which changes no state.
-        select: the positions whose logits are wanted; None for all T. differentiate: False when no
-        gradient will be taken; guides the choice of forms. Logits are float32."""
+        """tokens: ids, or vectors where the config has features. reset: first token of a document.
+        write: False for padding, which changes no state. select: the positions whose logits are
+        wanted; None for all T. differentiate: False when no gradient will be taken; guides the
+        choice of forms. Logits are float32."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         state = state or {"position": jnp.zeros(tokens.shape[0], jnp.int32), "layers": None}
         position, end = positions(reset, write, state["position"], tokens.shape[1])
         carried = state["layers"] is not None
-        first, published = jnp.zeros((), jnp.int32), self._published(tokens.shape, dtype, carried)
-        none = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
+        published = self._published(tokens.shape[:2], dtype, carried)
+        first, none = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
         ctx = Context(reset, write, position, first, config.depth, published, none, differentiate)
         init = nn.with_logical_partitioning(normal(config.std), ("vocab", "embed"))
-        embedding = self.param("embedding", init, (config.vocab, config.dim), jnp.float32)
-        x = jnp.take(embedding.astype(dtype), tokens, axis=0)  # NaN for a token out of range
+        embedding = self.param(
+            "embedding", init, (config.features or config.vocab, config.dim), jnp.float32
+        ).astype(dtype)
+        if config.features:
+            x = tokens.astype(dtype) @ embedding
+        else:
+            x = jnp.take(embedding, tokens, axis=0)  # NaN for a token out of range
         x, layers, ctx = self._stack(dtype)(x, state["layers"], ctx)
         if reports_loss(config):
             self.sow("losses", "layers", ctx.losses)
@@ -212,7 +225,14 @@ class LanguageModel(nn.Module):
         return Stack(groups, channel, config.norm, config.remat, name="stack")
 
 
+def blank(config: ModelConfig, batch: int, length: int) -> Array:
+    """Inputs of zeros in the shape that a model takes."""
+    if config.features:
+        return jnp.zeros((batch, length, config.features))
+    return jnp.zeros((batch, length), jnp.int32)
+
+
 def initial_state(model: LanguageModel, params: PyTree, batch: int) -> PyTree:
     """The model's state before the first token: what one token that is not written leaves."""
-    tokens = jnp.zeros((batch, 1), jnp.int32)
-    return model.apply({"params": params}, tokens, write=jnp.zeros((batch, 1), bool))[1]
+    none = jnp.zeros((batch, 1), bool)
+    return model.apply({"params": params}, blank(model.config, batch, 1), write=none)[1]

@@ -11,11 +11,47 @@ import dataclasses
 import difflib
 from typing import Any
 
-from memjax.tasks.mqar import MQAR, ForgettingMQAR
+from memjax.tasks.associative_recall import AssociativeRecall
+from memjax.tasks.bigrams import Bigrams
+from memjax.tasks.formal import BracketArithmetic, ModularArithmetic, Parity
+from memjax.tasks.group_words import GroupWords
+from memjax.tasks.joint_recall import JointRecall
+from memjax.tasks.mad import Compression, Memorization, SelectiveCopy
+from memjax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
+from memjax.tasks.mixture import Mixture
+from memjax.tasks.mqar import MQAR, CompositionalMQAR, ForgettingMQAR
 from memjax.tasks.passkey import Passkey
+from memjax.tasks.piecewise import Piecewise
 from memjax.tasks.source import Source
+from memjax.tasks.stacked_mqar import StackedMQAR
+from memjax.tasks.treecall import Treecall
 
-_TASKS = {task.name: task for task in (MQAR, ForgettingMQAR, Passkey)}
+_TASKS: dict[str, type[Any]] = {
+    task.name: task
+    for task in (
+        MQAR,
+        ForgettingMQAR,
+        CompositionalMQAR,
+        StackedMQAR,
+        JointRecall,
+        AssociativeRecall,
+        Treecall,
+        InContextRecall,
+        NoisyRecall,
+        FuzzyRecall,
+        SelectiveCopy,
+        Compression,
+        Memorization,
+        Parity,
+        ModularArithmetic,
+        BracketArithmetic,
+        GroupWords,
+        Piecewise,
+        Bigrams,
+        Passkey,
+        Mixture,
+    )
+}
 
 
 def names() -> list[str]:
@@ -23,19 +59,37 @@ def names() -> list[str]:
     return sorted(_TASKS)
 
 
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a task with their defaults, but for `seed` and `split`.
+
+    Raises ValueError for an unknown name.
+    """
+    fields = {field.name: field.default for field in dataclasses.fields(_task(name))}
+    return {k: v for k, v in fields.items() if k not in ("seed", "split")}
+
+
+def eval_examples(name: str) -> int:
+    """The usual number of a task's examples that are held out."""
+    return _task(name).eval_examples
+
+
 def make(name: str, **settings: Any) -> Source:
     """The source of a task; settings that are left out keep the defaults of its class.
 
     Raises ValueError for an unknown name or setting and for settings that are impossible.
     """
-    if name not in _TASKS:
-        raise ValueError(_unknown("task", name, names()))
-    task = _TASKS[name]
+    task = _task(name)
     allowed = sorted(field.name for field in dataclasses.fields(task))
     for given in settings:
         if given not in allowed:
             raise ValueError(f"{name}: {_unknown('setting', given, allowed)}")
     return task(**settings)
+
+
+def _task(name: str) -> type[Any]:
+    if name not in _TASKS:
+        raise ValueError(_unknown("task", name, names()))
+    return _TASKS[name]
 
 
 def _unknown(what: str, given: str, allowed: list[str]) -> str:

@@ -1,123 +1,52 @@
 """Multi-query associative recall: bind keys to values, then ask for the value of every key.
 
-    k1 v1 k2 v2 ... kN vN  . . k2 . k1 . . . kN . . .
-    `----- context -----'  `--- queries among noise ---'
-
-At a query the model sees a key and must name its value as the next token. Queries stand at even
-distances from the end of the context, most of them close to it (a power law).
-
 `MQAR` is the task of Zoology (Arora et al., ICLR 2024) and Based (Arora et al., ICML 2024);
-`ForgettingMQAR` binds some of the keys, or all, a second time and asks for the last value. Both are
-random-access sources: `source[i]` depends on the settings, the seed, the split and i alone.
+`ForgettingMQAR` binds some of the keys, or all, a second time and asks for the last value;
+`CompositionalMQAR` binds pairs of keys, neither of which tells the value. All are random-access
+sources: `source[i]` depends on the settings, the seed, the split and i alone. The layout of a row
+is described in `memjax.tasks.recall`.
 """
 
 import dataclasses
 import functools
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
-from memjax.tasks import draws
-from memjax.tasks.source import Example, Source
-
-# One number per named draw; a new draw takes a new number, so that examples never change.
-_KEYS, _VALUES, _GAPS, _NOISE, _UPDATED, _NEW_VALUES = range(6)
-
-
-@functools.lru_cache(maxsize=64)
-def _log_weights(slots: int, power: float) -> np.ndarray:
-    weights = (power - 1) * np.log(np.arange(1, slots + 1))
-    weights.flags.writeable = False
-    return weights
+from memjax.tasks import draws, recall
+from memjax.tasks.source import Example
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Recall(Source):
-    """What both tasks share: settings, checks, the token ranges and the query half of a row."""
-
-    length: int = 64
-    pairs: int = 8
-    vocab: int = 8192
-    power: float = 0.01
-    noise: bool = True
-    seed: int = 0
-    split: Literal["train", "test"] = "train"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not (math.isfinite(self.power) and self.power > 0):
-            self._refuse(
-                f"power={self.power} is out of range; allowed: above 0, where 1 puts the queries "
-                "anywhere with equal chance and 0.01 puts most of them near the context"
-            )
-        if self.pairs < 1:
-            self._refuse(f"pairs={self.pairs} is out of range; allowed: 1 or more")
-        if self.length % 2:
-            self._refuse(
-                f"length={self.length} is odd; a pair is two tokens, so use an even length "
-                f"such as {self.length + 1}"
-            )
-        if not self.length < self.vocab <= 2**31:
-            self._refuse(
-                f"vocab={self.vocab} is out of range; allowed: above the length, {self.length}, "
-                "to 2**31"
-            )
-
-    def _check_fit(self, sizes: str) -> None:
-        needed = self.context + 2 * self.pairs
-        if needed > self.length:
-            self._refuse(
-                f"{sizes} takes {self.context} tokens of context and {2 * self.pairs} for the "
-                f"queries, more than length={self.length}; use length={needed} or fewer pairs"
-            )
-
-    @property
-    def context(self) -> int:
-        """Tokens of context at the start of every row."""
-        raise NotImplementedError
-
-    @property
-    def queries(self) -> int:
-        """Scored positions of every row, the same number in all: one for each key."""
-        return self.pairs
+class _Pairs(recall.Recall):
+    """A key is one token: 1..vocab//2-1 are keys, vocab//2..vocab-1 are values."""
 
     @property
     def chance(self) -> float:
         """The query accuracy of a guess among all values, the upper half of the tokens."""
         return 1 / (self.vocab - self.vocab // 2)
 
-    def _pairs(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys, out of 1..vocab//2-1, and their first values, out of vocab//2..vocab-1. [pairs]."""
-        first_value = self.vocab // 2
-        keys = draws.subset(self._bits(index, _KEYS), first_value - 1, self.pairs) + 1
-        values = draws.subset(self._bits(index, _VALUES), self.vocab - first_value, self.pairs)
-        return keys, values + first_value
+    def _keys(self, index: int) -> np.ndarray:
+        """An ordered subset of the keys. [pairs]."""
+        return draws.subset(self._bits(index, recall.KEYS), self.vocab // 2 - 1, self.pairs) + 1
 
-    def _row(self, index: int, context, keys, answers, bound_at) -> tuple[Example, np.ndarray]:
-        """The example, and the positions [pairs] at which its keys are asked for.
+    def _values(self, index: int) -> np.ndarray:
+        """An ordered subset of the values, first ones. [pairs]."""
+        first = self.vocab // 2
+        source = self._bits(index, recall.VALUES)
+        return draws.subset(source, self.vocab - first, self.pairs) + first
 
-        context: [self.context] tokens; keys, answers: [pairs]; bound_at: [pairs], the position of
-        the token that answers the key, for its distance.
-        """
-        slots = (self.length - self.context) // 2
-        weights = _log_weights(slots, float(self.power))
-        gaps = draws.weighted_subset(self._bits(index, _GAPS), weights, self.pairs)
-        at = self.context + 2 * gaps
-        inputs, targets, distance = np.zeros((3, self.length), np.int32)
-        mask = np.zeros(self.length, bool)
-        inputs[: self.context] = context
-        inputs[at], targets[at], distance[at], mask[at] = keys, answers, at - bound_at, True
-        if self.noise:
-            # Any token may be noise, filler, keys and values included, as in the published task.
-            rest = inputs[self.context :]
-            noise = draws.uniform_ints(self._bits(index, _NOISE), self.vocab, len(rest))
-            rest[rest == 0] = noise[rest == 0]
-        return {"inputs": inputs, "targets": targets, "mask": mask, "distance": distance}, at
+
+@functools.lru_cache(maxsize=16)
+def _frequent(keys: int, zipf: float) -> int:
+    """How many of the heaviest keys, of weights 1, 2**-zipf, .., keys**-zipf, weigh half of all."""
+    weights = np.cumsum(np.exp(recall.log_weights(keys, 1 - zipf)))
+    return int(np.searchsorted(weights, weights[-1] / 2)) + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MQAR(_Recall):
+class MQAR(_Pairs):
     """Multi-query associative recall [Zoology, arXiv:2312.04927; Based, arXiv:2402.18668].
 
     Args:
@@ -128,6 +57,9 @@ class MQAR(_Recall):
         draw places the query of the i-th key. 1 is uniform.
       noise: whether tokens 0..vocab-1 at random, or the filler 0, stand between the queries.
       passes: how often the whole context is repeated, 1 or more.
+      zipf: 0 makes all keys equally frequent. Above 0 the N keys of a context are drawn one after
+        another without replacement with weight k**-zipf for the token k: training sees the first
+        ones often and the last ones rarely. An extension of the published task.
       seed: 0 to 2**64 - 1.
       split: "train" or "test", two disjoint streams.
     Raises ValueError for settings that are impossible.
@@ -137,16 +69,22 @@ class MQAR(_Recall):
       targets: int32, at a scored position the token that the output must predict, else 0.
       mask: bool, whether the position is scored; `queries` of them are.
       distance: int32, at a scored position how many tokens ago the value was last shown, else 0.
+      frequent: bool, with zipf above 0, whether the position is scored and its key is one of the
+        heaviest that together have half of the weight.
+    and of the whole row
+      pairs: int32[], N.
     """
 
     name: ClassVar[str] = "mqar"
 
     passes: int = 1
+    zipf: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.passes < 1:
-            self._refuse(f"passes={self.passes} is out of range; allowed: 1 or more")
+        if not (math.isfinite(self.zipf) and self.zipf >= 0):
+            self._refuse(f"zipf={self.zipf} is out of range; allowed: 0 or more, and finite")
+        self._check_least(passes=1)
         self._check_fit(f"pairs={self.pairs} with passes={self.passes}")
 
     @property
@@ -156,14 +94,24 @@ class MQAR(_Recall):
 
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
-        keys, values = self._pairs(index)
+        keys, values = self._keys(index), self._values(index)
         context = np.tile(np.stack([keys, values], axis=1).ravel(), self.passes)
         last = self.context - 2 * self.pairs + 2 * np.arange(self.pairs) + 1
-        return self._row(index, context, keys, values, last)[0]
+        example, at = self._row(index, context, keys[:, None], values, last)
+        if self.zipf:
+            example["frequent"] = np.zeros(self.length, bool)
+            example["frequent"][at] = keys <= _frequent(self.vocab // 2 - 1, float(self.zipf))
+        return example
+
+    def _keys(self, index: int) -> np.ndarray:
+        if not self.zipf:
+            return super()._keys(index)
+        weights = recall.log_weights(self.vocab // 2 - 1, 1 - float(self.zipf))
+        return draws.weighted_subset(self._bits(index, recall.KEYS), weights, self.pairs) + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForgettingMQAR(_Recall):
+class ForgettingMQAR(_Pairs):
     """MQAR whose context goes on to bind `updates` of the keys again; the last value counts.
 
     The delta rule overwrites. A Hebbian sum keeps both values and does no better than choosing
@@ -175,7 +123,7 @@ class ForgettingMQAR(_Recall):
     random order, and the new values are distinct, like the first ones; by chance a key may then
     get its old value back.
 
-    Args: those of `MQAR` without `passes`, and
+    Args: those of `MQAR` without `passes` and `zipf`, and
       updates: pairs that are bound again, 0 to `pairs`; length is at least 4 * pairs + 2 * updates.
     Raises ValueError for settings that are impossible.
 
@@ -202,23 +150,74 @@ class ForgettingMQAR(_Recall):
 
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
-        keys, old = self._pairs(index)
-        which = draws.subset(self._bits(index, _UPDATED), self.pairs, self.updates)
+        keys, old = self._keys(index), self._values(index)
+        which = draws.subset(self._bits(index, recall.UPDATED), self.pairs, self.updates)
         values, bound_at = old.copy(), 2 * np.arange(self.pairs) + 1
         values[which] = self._new_values(index, old[which])
         bound_at[which] = 2 * (self.pairs + np.arange(self.updates)) + 1
         bindings = [keys, old], [keys[which], values[which]]
         context = np.concatenate([np.stack(pair, axis=1).ravel() for pair in bindings])
-        example, at = self._row(index, context, keys, values, bound_at)
+        example, at = self._row(index, context, keys[:, None], values, bound_at)
         example["rebound"] = np.zeros(self.length, bool)
         example["rebound"][at[which]] = True
         return example
 
     def _new_values(self, index: int, old: np.ndarray) -> np.ndarray:
         """The second values [updates] of keys whose first ones are `old` [updates]."""
-        source, first = self._bits(index, _NEW_VALUES), self.vocab // 2
+        source, first = self._bits(index, recall.NEW_VALUES), self.vocab // 2
         count = self.vocab - first
         if self.updates == self.pairs:
             return first + draws.subset(source, count, self.updates)
         new = first + draws.uniform_ints(source, count - 1, self.updates)
         return new + (new >= old)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompositionalMQAR(recall.Recall):
+    """MQAR whose bindings have two keys: all pairs of g first and g second keys, N = g * g.
+
+    Neither key tells the value: who knows one of them guesses among g values. The published task
+    of the same name [Zoology's code, arXiv:2312.04927].
+
+    Args: those of `MQAR` without `passes` and `zipf`; `pairs` is a square, length at least
+      6 * pairs. Of t = vocab // 3, tokens 1..t-1 are first keys, t..2t-1 second keys, the rest
+      values.
+    Raises ValueError for settings that are impossible.
+
+    `source[i]` holds what it does in `MQAR`. A query is the two keys in turn, in a slot of three
+    tokens; it is scored at the second key.
+    """
+
+    name: ClassVar[str] = "compositional_mqar"
+    binding: ClassVar[int] = 3
+
+    pairs: int = 9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if math.isqrt(self.pairs) ** 2 != self.pairs:
+            near = round(math.sqrt(self.pairs)) ** 2
+            self._refuse(f"pairs={self.pairs} is no square; use one such as {near}")
+        self._check_fit(f"pairs={self.pairs}")
+
+    @property
+    def context(self) -> int:
+        """Tokens of context at the start of every row."""
+        return 3 * self.pairs
+
+    @property
+    def chance(self) -> float:
+        """The query accuracy of a guess among all values, the last third of the tokens."""
+        return 1 / (self.vocab - 2 * (self.vocab // 3))
+
+    def __getitem__(self, index: int) -> Example:
+        index = self._index(index)
+        side, third = math.isqrt(self.pairs), self.vocab // 3
+        first = draws.subset(self._bits(index, recall.KEYS), third - 1, side) + 1
+        second = draws.subset(self._bits(index, recall.SECOND_KEYS), third, side) + third
+        order = draws.permutations(self._bits(index, recall.ORDER), self.pairs)
+        keys = np.stack([first[order // side], second[order % side]], axis=1)
+        count = self.vocab - 2 * third
+        values = draws.subset(self._bits(index, recall.VALUES), count, self.pairs) + 2 * third
+        context = np.concatenate([keys, values[:, None]], axis=1).ravel()
+        return self._row(index, context, keys, values, 3 * np.arange(self.pairs) + 2)[0]

@@ -91,6 +91,7 @@ class Passkey(Source):
     """
 
     name: ClassVar[str] = "passkey"
+    eval_examples: ClassVar[int] = 400
 
     length: int = 512
     template: str = "short"
@@ -105,8 +106,7 @@ class Passkey(Source):
             self._refuse(
                 f"template={self.template!r} does not exist; allowed: {', '.join(TEMPLATES)}"
             )
-        if self.distractors < 0:
-            self._refuse(f"distractors={self.distractors} is out of range; allowed: 0 or more")
+        self._check_least(distractors=0)
         if self.lines < 1:
             needed = self._overhead + len(LINE)
             self._refuse(
@@ -163,6 +163,22 @@ class Passkey(Source):
             "distance": np.where(digits, np.int32(distance), 0),
             "depth": depth,
         }
+
+    def show(self, example: Example) -> list[str]:
+        """The text of a row with its last digit, without the spaces in front."""
+        shown = [*example["inputs"][1:], example["targets"][-1]]
+        text = bytes(token - OFFSET for token in shown).decode()
+        begin = text.lstrip(" ")
+        return [
+            f"haystack  {self.lines} lines of {len(LINE)} bytes",
+            f"padding   {len(text) - len(begin)} spaces",
+            f"depth     {example['depth']} %",
+            f"distance  {example['distance'][-1]} tokens",
+            f"scored    {example['mask'].sum()} of {self.length} positions",
+            f"answer    {text[-DIGITS:]}",
+            "",
+            begin,
+        ]
 
     def _depth(self, index: int) -> np.ndarray:
         """Of the needle in the haystack in per cent, int32[]."""

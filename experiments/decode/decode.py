@@ -1,12 +1,12 @@
 """State bytes and microseconds of decoding against the context, for layers of each kind.
 
-    python experiments/decode.py
+    python experiments/decode/decode.py
 
 Every model reads 1k, 4k, 16k and 64k tokens, in pieces of 1024, and at each of these contexts draws
 tokens one by one; models with a state of fixed size take turns of 10 tokens, the others come one by
 one, and the median of 12 turns is kept. The bytes of the state go on to 1M tokens, from shapes
-alone. Results, table and picture are in experiments/decode. Contexts that are measured are kept;
---again measures all of them.
+alone. Results, table and picture are beside this file. Contexts that are measured are kept; --again
+measures all of them.
 """
 
 import argparse
@@ -18,18 +18,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sweep
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from memjax import generate
+from memjax import generate, results
 from memjax.benchmark import time_in_turns
 from memjax.nn.lm import LanguageModel, ModelConfig, initial_state
 from memjax.nn.stack import mixer_names, mixer_options
 from memjax.train import state_bytes, versions
 from memjax.train_step import abstract_params, init_params
 
-TASK = "decode"
+FOLDER = pathlib.Path(__file__).parent
+RESULTS = str(FOLDER / "results.jsonl")
 CONTEXTS = [2**10, 2**12, 2**14, 2**16]
 SIZES = [*CONTEXTS, 2**18, 2**20]
 PIECE, TURN, TURNS = 1024, 10, 12
@@ -139,21 +138,28 @@ def sized(name, context):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--again", action="store_true", help="measure all contexts again")
-    rows = {} if parser.parse_args().again else {key(row): row for row in sweep.read(TASK)}
+    known = [] if parser.parse_args().again else results.read(RESULTS)
+    rows = {key(row): row for row in known}
     decoders: dict[str, Decoder] = {}
     for context in CONTEXTS:
         if not all((name, context) in rows for name in MODELS):
             rows |= {key(row): row for row in measure(decoders, context)}
-            sweep.write(TASK, rows.values())
+            results.write(RESULTS, rows.values())
     for name in MODELS:
         rows |= {(name, context): sized(name, context) for context in SIZES[len(CONTEXTS) :]}
-    sweep.write(TASK, rows.values())
-    sweep.write_table(TASK, *table(rows))
-    draw(rows, pathlib.Path(__file__).parent / TASK / "decode.png")
+    results.write(RESULTS, rows.values())
+    results.write_tables(str(FOLDER / "README.md"), tables(rows.values()))
+    draw(rows.values()).savefig(FOLDER / "decode.png")
 
 
 def key(row):
     return row["model"], row["context"]
+
+
+def figures(rows, name, figure, contexts):
+    """A figure of a model at each context."""
+    found = {row["context"]: row[figure] for row in results.select(rows, model=name)}
+    return [found[context] for context in contexts]
 
 
 def human(size):
@@ -165,30 +171,29 @@ def short(context):
     return f"{context // 2**10}k" if context < 2**20 else f"{context // 2**20}M"
 
 
-def table(rows):
-    """(head, lines): state bytes at all contexts, microseconds at those that were measured."""
+def tables(rows):
+    """State bytes at all contexts, microseconds at those that were measured."""
     head = ["model", *(f"state, {short(n)}" for n in SIZES), *(f"us, {short(n)}" for n in CONTEXTS)]
     lines = [
         [
             f"`{name}`",
-            *(human(rows[name, n]["state_bytes"]) for n in SIZES),
-            *(f"{rows[name, n]['decode_us']:.0f}" for n in CONTEXTS),
+            *(human(size) for size in figures(rows, name, "state_bytes", SIZES)),
+            *(f"{time:.0f}" for time in figures(rows, name, "decode_us", CONTEXTS)),
         ]
         for name in MODELS
     ]
-    return head, lines
+    return {"decode": (head, lines)}
 
 
-def draw(rows, path):
+def draw(rows):
     """State bytes on the left, microseconds a token on the right; a line for each model."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for i, name in enumerate(MODELS):
         color = "black" if name == "attention" else f"C{i - 1}"
         style = dict(color=color, marker="os"[i > 10], linestyle="-:"[name in GROW])
-        left.plot(SIZES, [rows[name, n]["state_bytes"] for n in SIZES], label=name, **style)
-        right.plot(CONTEXTS, [rows[name, n]["decode_us"] for n in CONTEXTS], **style)
+        left.plot(SIZES, figures(rows, name, "state_bytes", SIZES), label=name, **style)
+        right.plot(CONTEXTS, figures(rows, name, "decode_us", CONTEXTS), **style)
     left.set_ylabel("bytes of one sequence's state")
     right.set_ylabel("microseconds a token")
     for axes, contexts in ((left, SIZES), (right, CONTEXTS)):
@@ -198,7 +203,7 @@ def draw(rows, path):
         axes.set_xlabel("context, tokens")
         axes.grid(alpha=0.25)
     figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(path)
+    return figure
 
 
 if __name__ == "__main__":

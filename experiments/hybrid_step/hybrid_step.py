@@ -1,23 +1,23 @@
 """What joining a window and a memory costs: blocks against the sum of their halves.
 
-    python experiments/hybrid_step.py
+    python experiments/hybrid_step/hybrid_step.py
 
 Forward and backward of one layer, gradients of weights included: milliseconds of the blocks and of
 their halves alone, which take turns, and operations counted from the programs (`memjax.cost`). The
-table is written into experiments/hybrid_step/README.md.
+table is written into the README.md beside this file.
 """
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
-import sweep
 
-from memjax import cost
+from memjax import cost, results
 from memjax.benchmark import layer_calls, time_in_turns
 from memjax.nn.stack import make_mixer
 
-TASK = "hybrid_step"
+README = pathlib.Path(__file__).parent / "README.md"
 LENGTH, DIM, HEADS, WINDOW, TURNS = 2048, 256, 4, 128, 9
 OPTIONS = {name: {"heads": HEADS} for name in ("gated_delta_net", "titans")}
 OPTIONS["sliding_window"] = {"heads": HEADS, "window": WINDOW}
@@ -67,7 +67,7 @@ def main():
                 line.append("-")
         lines.append(line)
         print(" ".join(line), flush=True)
-    sweep.write_table(TASK, head, lines)
+    results.write_tables(str(README), {"step": (head, lines)})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Experiments: trials that load, rows of today's settings, READMEs and pictures of the rows."""
+
+import importlib.util
+import pathlib
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from memjax import results
+from memjax.sweep import Sweep
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = ROOT / "experiments"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/sweep.py"))
+RUN = [name for name in NAMES if (FOLDER / name / f"{name}.png").exists()]
+# What rows lack that were made before it was recorded.
+LACK = {"hybrid_recall": {"versions"}, "length": {"seconds"}}
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # configs are named from there
+
+
+def of(name):
+    return Sweep(f"experiments/{name}/sweep.py")
+
+
+def readme(name):
+    return (FOLDER / name / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trials(name):
+    """Distinct labels of one kind (`Sweep` refuses others), and settings that load."""
+    sweep = of(name)
+    assert bool(sweep.trials) != bool(sweep.parts)
+    for trial in sweep.trials:
+        assert trial.labels.keys() == sweep.trials[0].labels.keys()
+        assert f"seed={trial.labels['seed']}" in trial.config
+        assert len(trial.hash) == 12
+    command = f"--sweep=experiments/{name}/sweep.py --jobs="
+    assert command in readme(name) and command in sweep.module.__doc__
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_rows(name):
+    """Each row is one of the trials, as they are today, and says how it was made."""
+    sweep = of(name)
+    rows = sweep.rows()
+    assert len(rows) == len(results.read(sweep.results)), "rows of no trial, or two of one"
+    again = f"python -m memjax.sweep --sweep=experiments/{name}/sweep.py"
+    for trial in sweep.trials:
+        if trial.name in rows:
+            row = rows[trial.name]
+            needed = {"config", "changes", "hash", "seed", "versions", "seconds"}
+            assert needed - row.keys() <= LACK.get(name, set()), trial.name
+            assert {field: row[field] for field in trial.described()} == trial.described(), (
+                f"{trial.name} has other settings than its row; run {again} --jobs=2 or, if the "
+                f"change of settings changes no result, {again} --rehash"
+            )
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_readme_and_picture(name):
+    """Tables are those of the committed rows, of which the picture can be drawn."""
+    sweep, text = of(name), readme(name)
+    again = f"run python -m memjax.sweep --sweep=experiments/{name}/sweep.py --show"
+    assert results.with_tables(text, sweep.tables()) == text, again
+    assert f"]({name}.png)" in text
+    check(sweep.module.draw(sweep.shown()))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(RUN)))
+def test_without_rows(name):
+    """What was not run yet has an empty place for each table, and takes having no rows."""
+    assert not (FOLDER / name / "results.jsonl").exists(), "rows without a picture"
+    for table in of(name).tables():
+        assert f"<!-- table: {table} -->\n<!-- /table -->" in readme(name)
+
+
+def test_decode():
+    path = FOLDER / "decode" / "decode.py"
+    spec = importlib.util.spec_from_file_location("decode", path)
+    decode = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(decode)
+    rows, text = results.read(decode.RESULTS), readme("decode")
+    assert results.with_tables(text, decode.tables(rows)) == text
+    check(decode.draw(rows))
+
+
+def check(figure):
+    """All axes have lines, and nothing that is written is cut off."""
+    assert figure.axes and all(axes.lines for axes in figure.axes)
+    FigureCanvasAgg(figure).draw()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height
