@@ -5,8 +5,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict, config_dict
 
+from memjax.errors import UserError
+from memjax.nn.lm import LanguageModel, ModelConfig, blank
 from memjax.nn.stack import mixer_names, mixer_options
 
 
@@ -117,6 +120,23 @@ def default_mixers(layers: tuple, changes: Mapping[str, Mapping[str, Any]]) -> C
             found[name][option] = value
         found[name] |= changes.get(name, {})
     return ConfigDict(found)
+
+
+def mlp(model: ConfigDict, parameters: int) -> float:
+    """The width of SwiGLU or GeGLU, as a multiple of that of the model, with which a model (a
+    config's `model`) has so many parameters, to the nearest multiple of 8 channels.
+
+    Raises UserError for fewer parameters than the rest of the model has."""
+    sizes = ModelConfig(**{**model.to_dict(), "mlp": 1.0})
+    net = LanguageModel(sizes)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), blank(sizes, 1, 2))["params"]
+    of_channel = 3 * sizes.dim * sizes.depth  # its numbers in the three matrices of all layers
+    rest = sum(leaf.size for leaf in jax.tree.leaves(shapes)) - of_channel * sizes.dim
+    hidden = 8 * round((parameters - rest) / of_channel / 8)
+    if hidden < 8:
+        least = rest + 8 * of_channel
+        raise UserError(f"parameters={parameters}: this model has at least {least}")
+    return hidden / sizes.dim
 
 
 def tiny_recall(data: dict[str, Any], *layers: str, vocab: int = 0, dim: int = 64) -> ConfigDict:

@@ -157,6 +157,18 @@ def test_arrangements_that_there_are_not(argument, message):
         config.load(f"{ARRANGEMENTS}:{argument}")
 
 
+@pytest.mark.parametrize("mixer", ["rwkv4", "hybrid(sliding_window, gated_delta_net)"])
+def test_models_of_equal_parameters(mixer):
+    for wanted in (120_000, 150_000):
+        settings = config.load(f"{ROOT}/configs/lm_stdlib.py:{mixer},parameters={wanted}")
+        model = train_step.LanguageModel(train_step.model_of(settings))
+        shapes = train_step.abstract_params(model)
+        step = 2 * 3 * settings.model.dim * 8  # 8 channels of both MLPs
+        assert abs(sum(a.size for a in jax.tree.leaves(shapes)) - wanted) <= step / 2
+    with pytest.raises(config.UserError, match="parameters=9000: this model has at least [0-9]"):
+        config.load(f"{ROOT}/configs/lm_stdlib.py:{mixer},parameters=9000")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_docstring_gives_the_command(path):
     document = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
