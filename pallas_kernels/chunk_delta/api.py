@@ -54,7 +54,7 @@ def chunk_delta(
         size=v.shape[-1],
         like=v,
         states=28,
-        pairs=22 if v.dtype == jnp.float32 else 12,
+        pairs=41 if v.dtype == jnp.float32 else 16,
         logs=0 if g is None or g.ndim == 3 else 34,
     )
     given = (q, k, v, g, initial_state, reset, scale, chunk, platform)

@@ -54,7 +54,7 @@ IN_REGISTERS = 128  # the largest K whose states a warpgroup keeps in registers
 def inverse_of(x, lower):
     """(I + L)^-1, L what is below the diagonal of `lower`. x.work, x.found: tiles to work in.
 
-    As `products.unit_lower_inverses`, with the mask on what is found: X, the inverse of the blocks
+    As `products.unit_lower_inverse`, with the mask on what is found: X, the inverse of the blocks
     on the diagonal, is zero elsewhere, so that in X L X each pair of blocks stands alone.
     """
     i, j = mosaic.places(SIDE)

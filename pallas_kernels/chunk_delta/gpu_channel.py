@@ -6,7 +6,7 @@
     S <- e^{G_C} . S + (K . e^{G_C - G})^T R
 
 The letters are those of gpu.py, G [C, K] and M with the rates. `weights` makes A and M, a warpgroup
-for each chunk and head, by the levels of `channels.py`; the operands with decays are made around
+for each chunk and head, by the levels of `mosaic_channels.py`; the operands with decays are made around
 the kernels. `walk` is that of gpu.py with these for its operands, K in two parts, and serves both
 directions (gpu_channel_vjp.py). Bytes a token and head: those of q and k once, 6 K for g, 512 for A
 and M, 10 K for the operands, which are read with A and M for each 64 columns of V, and when
@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import channels, mosaic
+from pallas_kernels import mosaic
+from pallas_kernels import mosaic_channels as channels
 from pallas_kernels.chunk_delta.gpu import IN_REGISTERS, Walk, inverse_of
 from pallas_kernels.mosaic import (
     HALF,

@@ -8,7 +8,7 @@ kept: A, M, S in front of each chunk and R.
 
 `walk` is that of gpu_channel.py, `pairs` that of gpu_vjp.py without rates. `keys` has sums over all
 of V of what is scaled by the decays from a chunk's bounds, and what pairs of tokens have by levels
-(`channels.py`).
+(`mosaic_channels.py`).
 """
 
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ import jax
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import channels, mosaic
+from pallas_kernels import mosaic
+from pallas_kernels import mosaic_channels as channels
 from pallas_kernels.chunk_delta.gpu_channel import operands, rates, walk
 from pallas_kernels.chunk_delta.gpu_vjp import LARGE, pairs, sums_of_values
 from pallas_kernels.mosaic import (

@@ -5,14 +5,15 @@
 
 G [C, K] is the sum of the log decays since the chunk's start. The walk is that of gpu.py; Q e^G and
 K e^{G_C - G} are made around the kernels, A in one of its own, a block for each chunk, by the
-levels of `channels.py` (Yang et al. 2023, arXiv 2312.06635, Sec. 4.2, has two such levels).
+levels of `mosaic_channels.py` (Yang et al. 2023, arXiv 2312.06635, Sec. 4.2, has two such levels).
 """
 
 import jax
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import channels, mosaic
+from pallas_kernels import mosaic
+from pallas_kernels import mosaic_channels as channels
 from pallas_kernels.chunk_linear.gpu import states
 from pallas_kernels.mosaic import HALF, SIDE, copy_in, dot, span, store, tile, turned
 

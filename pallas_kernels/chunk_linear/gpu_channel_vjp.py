@@ -7,7 +7,7 @@ With the letters of gpu_channel.py and dA = scale dO V^T, j <= i:
     dV = A^T dO + (K . e^{G_C - G}) dS,     dS <- e^{G_C} . dS + (scale Q . e^G)^T dO
 
 dg is summed from what each decay, of a level of pairs or from a chunk's bounds, has for a gradient
-(`channels.py`).
+(`mosaic_channels.py`).
 """
 
 import jax
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import channels, mosaic
+from pallas_kernels import mosaic
+from pallas_kernels import mosaic_channels as channels
 from pallas_kernels.chunk_linear.gpu import states
 from pallas_kernels.chunk_linear.gpu_channel import operands, outputs
 from pallas_kernels.mosaic import HALF, SIDE, WIDE, copy_in, load, put, span, tile, turned

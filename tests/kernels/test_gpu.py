@@ -30,7 +30,8 @@ if jax.__version_info__ < common.GPU_JAX:
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import channels, mosaic
+from pallas_kernels import mosaic
+from pallas_kernels import mosaic_channels as channels
 
 OPS = {
     "chunk_linear": (chunk_linear, linear, linear_specs.GPU_SPECS),

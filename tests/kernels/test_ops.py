@@ -108,8 +108,13 @@ def keeps_all(decay):
 
 
 def forgets_a_level(decay):
-    first, _, *others = decay.levels
-    return dataclasses.replace(decay, levels=[first, jnp.ones_like(first), *others])
+    *others, last = decay.levels
+    return dataclasses.replace(decay, levels=[*others, jnp.ones_like(last)])
+
+
+def forgets_the_middle(decay):
+    up, down = decay.near
+    return dataclasses.replace(decay, near=(up, jnp.ones_like(down)))
 
 
 @pytest.mark.slow
@@ -120,6 +125,7 @@ def forgets_a_level(decay):
         ("resets", keeps_all),
         ("channel", keeps_all),
         ("channel", forgets_a_level),
+        ("channel", forgets_the_middle),
     ],
 )
 @pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
