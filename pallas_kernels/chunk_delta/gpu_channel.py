@@ -7,9 +7,9 @@
 
 The letters are those of gpu.py, G [C, K] and M with the rates. `weights` makes A and M, a warpgroup
 for each chunk and head, by the levels of `mosaic_channels.py`; the operands with decays are made
-around the kernels. `walk` is that of gpu.py with these for its operands, K in two parts, and serves both
-directions (gpu_channel_vjp.py). Bytes a token and head: those of q and k once, 6 K for g, 512 for A
-and M, 10 K for the operands, which are read with A and M for each 64 columns of V, and when
+around the kernels. `walk` is that of gpu.py with these for its operands, K in two parts, and serves
+both directions (gpu_channel_vjp.py). Bytes a token and head: those of q and k once, 6 K for g, 512
+for A and M, 10 K for the operands, which are read with A and M for each 64 columns of V, and when
 gradients follow 4 K V / C + 4 V of S in front of each chunk and R.
 """
 
