@@ -50,6 +50,7 @@ PEERS = {
     ("chunk_linear", "channel"): ("fla.ops.gla", "chunk_gla"),
     ("chunk_delta", "none"): ("fla.ops.delta_rule", "chunk_delta_rule"),
     ("chunk_delta", "head"): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    ("chunk_delta", "channel"): ("fla.ops.kda", "chunk_kda"),
 }
 
 

@@ -66,12 +66,12 @@ def gpu_capability() -> str | None:
         return None
 
 
-def kernels(op: str, platform: str) -> tuple[Callable, Callable]:
-    """The forward and the backward function of an op. Imported here, because Mosaic GPU needs what
-    a machine without GPUs may not have."""
-    forward, backward = (
-        importlib.import_module(f"pallas_kernels.{op}.{platform}{end}") for end in ("", "_vjp")
-    )
+def kernels(op: str, static, g) -> tuple[Callable, Callable]:
+    """The forward and the backward function of an op, others for a decay of each channel on GPUs.
+    Imported here, because Mosaic GPU needs what a machine without GPUs may not have."""
+    other = static.platform == "gpu" and g is not None and g.ndim == 4
+    module = f"pallas_kernels.{op}.{static.platform}{'_channel' * other}"
+    forward, backward = (importlib.import_module(module + end) for end in ("", "_vjp"))
     return forward.forward, backward.backward
 
 
@@ -146,12 +146,10 @@ def call(
     *,
     size_of,
     beta=None,
-    by_channel=(),
 ) -> Call:
     """What an op hands to its kernel; NotImplementedError when that does not serve.
 
-    by_channel: platforms that have kernels for a decay of each channel. Heads that share q and k
-    read them where they lie on GPUs, but with such a decay; for TPUs they are repeated.
+    Heads that share q and k read them where they lie on GPUs; for TPUs they are repeated.
     """
     check_shapes(name, q, k, v, beta, g, initial_state, reset)
     interpret, platform, generation = target(platform)
@@ -160,8 +158,6 @@ def call(
             f"{name} has kernels for tpu and gpu, none for {platform}; use a plain form"
         )
     check_served(name, q, k, v)
-    if g is not None and g.ndim == 4 and platform not in by_channel:
-        raise NotImplementedError(f"{name} has no kernel for a decay of each channel on {platform}")
     limit = None
     if platform == "gpu":
         block = plan_gpu(name, v, chunk, interpret)

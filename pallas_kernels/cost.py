@@ -2,14 +2,16 @@
 
     python -m pallas_kernels.cost            # writes compiled.json and the tables of README.md
     python -m pallas_kernels.cost --plain    # that of the plain chunked forms too, half an hour
+    python -m pallas_kernels.cost --only=chunk_delta    # of some ops; the other rows stay
 
 Needs libtpu (`pip install memjax[tpu]`). README.md says how to read it.
 """
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 
@@ -34,30 +36,57 @@ PEAKS = {"v5e": (131072, 546), "v6e": (524288, 937)}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plain", action="store_true", help="the plain chunked forms too")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these ops, by comma")
     given = parser.parse_args()
     kept = json.loads(COMPILED.read_text(encoding="utf-8")) if COMPILED.exists() else {}
     made = tables.made(*PACKAGES)
+    only = chosen(given.only, kept, made)
+    rows = kept if given.only else {}
     found = {
         **made,
-        "costs": list(costs(False)),
+        "costs": merged(rows, "costs", NAMED, costs(False, only)),
         "plain": {**made, "costs": list(costs(True))} if given.plain else kept.get("plain"),
-        "memory": [
-            {**case, **compiled(**case)}
-            for op, decay in OPS
-            for dtype in DTYPES
-            for width in WIDTHS
-            for generation in deviceless.TOPOLOGIES
-            for case in [dict(zip(CASE, (op, decay, dtype, width, generation), strict=True))]
-        ],
+        "memory": merged(rows, "memory", CASE, memory(only)),
     }
     COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_tables(found)
 
 
-def costs(plain: bool) -> Iterator[dict]:
+def chosen(only, kept: dict, made: dict) -> dict:
+    """The `OPS` to compile: all, or those of some names. Rows that stay have to be of the same
+    versions."""
+    if only is None:
+        return OPS
+    if unknown := set(only) - {op for op, _ in OPS}:
+        names = ", ".join(dict.fromkeys(op for op, _ in OPS))
+        raise SystemExit(f"--only takes {names}; given {', '.join(sorted(unknown))}")
+    if kept.get("versions") != made["versions"]:
+        raise SystemExit(
+            f"--only keeps rows of {kept.get('versions')}, and here is {made['versions']}; run "
+            "without it"
+        )
+    return {case: runs for case, runs in OPS.items() if case[0] in only}
+
+
+def merged(kept: dict, table: str, names: tuple, new: Iterable[dict]) -> list[dict]:
+    """The rows of a table, kept ones where there is no new one, in the order of `OPS`."""
+    rows = {tuple(row[n] for n in names): row for row in (*kept.get(table, ()), *new)}
+    order = list(OPS)
+    return sorted(rows.values(), key=lambda row: order.index((row["op"], row["decay"])))
+
+
+def memory(runs: dict) -> Iterator[dict]:
+    """Rows of the table of memory."""
+    for op, decay in runs:
+        for values in itertools.product(DTYPES, WIDTHS, deviceless.TOPOLOGIES):
+            case = dict(zip(CASE, (op, decay, *values), strict=True))
+            yield {**case, **compiled(**case)}
+
+
+def costs(plain: bool, ops: dict = OPS) -> Iterator[dict]:
     """Rows of the table of costs: cycles for each token and head."""
     number = math.prod(SHAPE[:3])
-    for (op, decay), runs in OPS.items():
+    for (op, decay), runs in ops.items():
         for direction in DIRECTIONS:
             arrays = arguments(op, decay, SHAPE, jnp.bfloat16)
             given = (arrays,) if direction == "forward" else (arrays, arrays["v"])

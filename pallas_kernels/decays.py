@@ -1,46 +1,38 @@
 """Decays of a chunk as the TPU kernels take them: none, one for each head, or one for each channel.
 
 With x.D.y the matrix sum_d x_i[d] e^{G_i - G_j}[d] y_j[d], j <= i, and zero above its diagonal, G
-the sum of the log decays since the chunk's start. No exponent is above 0: masks come before exp.
+the sum of the log decays since the chunk's start.
 
-A decay for each head has sums G in two numbers (`log_decay_sums`), and D is one matrix.
+A decay for each head has sums G in two numbers (`log_decay_sums`), and D is one matrix. No exponent
+is above 0: masks come before exp.
 
-A decay for each channel has no such matrix. Two neighbouring blocks of `half` tokens are joined by
-the decays from the first one's tokens to its end and from the second one's start to its tokens;
-blocks double from 1 to C. Their log decays E come from those of the level before: with P the sum
-from a block's start to a token, S that from behind the token to the block's end, and W = P + S of
-the neighbour,
-
-    E = P in second blocks, S in first ones;      P += W in second blocks, S += W in first ones
-
-dg is what the transposed steps make of dE = x dx (y dy in first blocks): additions alone, so that
-no terms cancel.
+A decay for each channel has no such matrix: `channel_decays`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import channel_decays
 from pallas_kernels.common import Static, by_token
 from pallas_kernels.products import dot, dot_in_parts, parts, places, turned
 
 LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
 _RESET = 2.0**14  # subtracted from the log decay of a document's first token
-CHANNEL_LOWEST = -100.0  # that of decays by channel on GPUs, whose sums have one part
 
 
 def arrays(g, reset, static) -> tuple:
     """What a kernel reads: () without decay; the sums' columns and rows for each head; for each
-    channel the sums on GPUs, on TPUs g [B, T, H, K] and, with reset, the tokens where a document
+    channel g [B, T, H, K], on GPUs with resets, on TPUs beside them, the tokens where a document
     begins as columns [B, N, C, 1]."""
     if g is None or g.ndim == 3:
         return log_decay_sums(g, reset, static)
     if static.platform == "gpu":
-        return (channel_log_decay_sums(g, reset, static),)
+        g = jnp.maximum(g, LOWEST)
+        return (g if reset is None else jnp.where(reset[..., None, None], LOWEST, g),)
     if reset is None:
         return (g,)
     batch, length = reset.shape
@@ -74,29 +66,12 @@ def log_decay_sums(g, reset, static: Static):
     return sums[0].reshape(*shape, chunk, 2 * heads), sums[1].reshape(*shape, 2 * heads, chunk)
 
 
-def channel_log_decay_sums(g, reset, static: Static):
-    """Sums of log decays by channel since the start of each token's chunk, [B, T, H, K]. A reset is
-    a decay of e^-100, which is zero in float32 beside anything."""
-    batch, length, *axes = g.shape
-    g = jnp.maximum(g, CHANNEL_LOWEST)
-    g = g if reset is None else jnp.where(reset[..., None, None], CHANNEL_LOWEST, g)
-    chunks = g.reshape(batch, -1, static.chunk, *axes)
-    last = jnp.tril(jnp.ones((static.chunk, static.chunk), jnp.float32))
-    sums = jnp.einsum("ts,bnshk->bnthk", last, chunks, precision=lax.Precision.HIGHEST)
-    return sums.reshape(g.shape)
-
-
-def clipped(dg, g, reset, platform: str):
-    """The gradient of g from what kernels write: columns of heads, or dg itself; none where g, or a
-    reset, is taken for a decay to nothing."""
-    if g is None:
-        return None
-    if g.ndim == 3:
-        return jnp.where(g < LOWEST, 0, by_token(dg))
-    if platform == "tpu":  # its terms are zero there
+def clipped(dg, g):
+    """The gradient of g from what kernels write: columns of heads, or dg itself by channel. It is
+    none where g is taken for a decay to nothing; by channel its terms are zero there."""
+    if g is None or g.ndim == 4:
         return dg
-    dg = jnp.where(g < CHANNEL_LOWEST, 0, dg)
-    return dg if reset is None else jnp.where(reset[..., None, None], 0, dg)
+    return jnp.where(g < LOWEST, 0, by_token(dg))
 
 
 def specs(arrays, blocks) -> tuple:
@@ -125,10 +100,10 @@ def gradient_shapes(arrays) -> tuple:
     return (shape if len(shape) == 4 else (*shape[:-1], shape[-1] // 2),)
 
 
-def of_heads(values, heads: int, split: Callable) -> list:
+def of_heads(values, heads: int, split: Callable, like) -> list:
     """The decay of each head from the blocks of `arrays`.
 
-    split: what makes `parts` of a float32 factor: its precision.
+    split: what makes `parts` of a float32 factor: its precision. like: the dtype of the op.
     """
     if not values:
         return [Decay(split)] * heads
@@ -136,11 +111,11 @@ def of_heads(values, heads: int, split: Callable) -> list:
         logs = jnp.maximum(turned(values[0]), LOWEST)
         if values[1:]:
             logs = jnp.where(values[1] > 0, LOWEST, logs)
-        return [by_channel(logs[head], split) for head in range(heads)]
+        return channel_decays.of_heads(logs, *values[1:], split=split, like=like)
     return [by_head(values, head, heads, split) for head in range(heads)]
 
 
-def stacked(gradients: list, like):
+def stacked(gradients: Sequence, like):
     """The block of dg from `log_gradient` of all heads."""
     if isinstance(gradients[0], tuple):
         return log_decay_gradient(*zip(*gradients, strict=True), like=like)
@@ -185,9 +160,11 @@ class Decay:
     through: Any = None
     between: Any = None
 
-    def pairs(self, xs, y, split) -> list:
-        """x.D.y for each x [C, K]; y [C, K]; split: of the factors, where they are not exact."""
+    def pairs(self, xs, y, split) -> Generator[None, None, Any]:
+        """x.D.y for each x [C, K], as all that waits for products, a generator for
+        `products.in_step`; y [C, K]; split: of the factors, where they are not exact."""
         products = dot(jnp.concatenate(xs), y, 1, 1)
+        yield
         return [self._lower(x) for x in jnp.split(products, len(xs))]
 
     def _lower(self, x):
@@ -196,13 +173,14 @@ class Decay:
         i, j = places(x.shape[0])
         return jnp.where(i >= j, x, 0)
 
-    def pairs_back(self, xs, y, pairs, dpairs) -> tuple:
+    def pairs_back(self, xs, y, pairs, dpairs) -> Generator[None, None, Any]:
         """(dx of each x, dy, what `log_gradient` needs) from what `pairs` gave and its gradients,
         which need not be masked."""
         crossing = sum(d * x for d, x in zip(dpairs, pairs, strict=True))
+        yield
         dpairs = [self.split(self._lower(d)) for d in dpairs]
         dxs = [dot_in_parts(d, (y,), 1, 0) for d in dpairs]
-        dy = sum(dot(d[0], x, 0, 0) for d, x in zip(dpairs, xs, strict=True))
+        dy = sum(dot(d[0].astype(x.dtype), x, 0, 0) for d, x in zip(dpairs, xs, strict=True))
         return dxs, dy, crossing
 
     def across(self, x, state, factor):
@@ -239,136 +217,3 @@ def by_head(sums, head: int, heads: int, split: Callable) -> Decay:
         through=jnp.exp(whole[-1:] + part[-1:]),
         between=jnp.exp(jnp.where(i >= j, exponent, -jnp.inf)),
     )
-
-
-# ---------------------------------------------------------------- one for each channel
-
-
-@dataclasses.dataclass(frozen=True)
-class ChannelDecay:
-    """The same where each channel has its own: since_start, to_end [C, K]; through [K, 1]; levels:
-    of blocks of 1, 2, 4 ... C / 2 tokens, what joins two neighbours, [C, K]."""
-
-    split: Callable
-    since_start: Any
-    to_end: Any
-    through: Any
-    levels: list
-
-    def pairs(self, xs, y, split) -> list:
-        size = y.shape[0]
-        i, j = places(size)
-        found = [jnp.where(i == j, jnp.sum(x * y, axis=1, keepdims=True), 0) for x in xs]
-        for bits, level in enumerate(self.levels):
-            second = split(packed([x * level for x in xs], bits))
-            products = unpacked(dot_in_parts(second, split(y * level), 1, 1), bits, len(xs))
-            joined = joins(size, bits)
-            found = [jnp.where(joined, x, y) for x, y in zip(products, found, strict=True)]
-        return found
-
-    def pairs_back(self, xs, y, pairs, dpairs) -> tuple:
-        i, j = places(y.shape[0])
-        own = [jnp.sum(jnp.where(i == j, d, 0), axis=1, keepdims=True) for d in dpairs]
-        dxs = [d * y for d in own]
-        dy = sum(d * x for d, x in zip(own, xs, strict=True))
-        dlevels = []
-        for bits, level in enumerate(self.levels):
-            joined = joins(y.shape[0], bits)
-            dproducts = self.split(packed([jnp.where(joined, d, 0) for d in dpairs], bits))
-            second = packed([x * level for x in xs], bits).astype(y.dtype)
-            first = (y * level).astype(y.dtype)
-            dseconds = unpacked(dot_in_parts(dproducts, (first,), 1, 0), bits, len(xs))
-            dseconds = [level * d for d in dseconds]
-            dfirst = level * dot_in_parts(dproducts, (second,), 0, 0)
-            dxs = [total + d for total, d in zip(dxs, dseconds, strict=True)]
-            dy = dy + dfirst
-            asked = sum(x * d for x, d in zip(xs, dseconds, strict=True))
-            dlevels.append(jnp.where(is_second(y.shape[0], bits), asked, y * dfirst))
-        return dxs, dy, dlevels
-
-    def across(self, x, state, factor):
-        return dot_in_parts(self.split(x * factor), state, 1, 0)
-
-    def into(self, x, rows, factor):
-        return dot_in_parts(self.split(x * factor), self.split(rows), 0, 0)
-
-    def over(self, state):
-        return state * self.through
-
-    def log_gradient(self, crossing, asking, writing, carried):
-        size = asking.shape[0]
-        row = jnp.sum(jnp.swapaxes(self.through * carried, 0, 1), axis=0, keepdims=True)
-        last = lax.broadcasted_iota(jnp.int32, asking.shape, 0) == size - 1
-        dp, ds = asking + jnp.where(last, row, 0), writing
-        for bits in reversed(range(len(self.levels))):
-            second, dlevel = is_second(size, bits), crossing[bits]
-            dboth = swapped(jnp.where(second, dp, ds), bits)
-            dp, ds = (
-                dp + dboth + jnp.where(second, dlevel, 0),
-                ds + dboth + jnp.where(second, 0, dlevel),
-            )
-        return dp
-
-
-def by_channel(logs, split: Callable) -> ChannelDecay:
-    """From log decays [C, K], none below LOWEST."""
-    size = logs.shape[0]
-    since, until = logs, jnp.zeros_like(logs)
-    levels = []
-    for bits in range(size.bit_length() - 1):
-        second = is_second(size, bits)
-        levels.append(jnp.exp(jnp.where(second, since, until)))
-        other = swapped(since + until, bits)
-        since, until = since + jnp.where(second, other, 0), until + jnp.where(second, 0, other)
-    since_start = jnp.exp(since)
-    through = jnp.swapaxes(since_start[-8:], 0, 1)[:, 7:]
-    return ChannelDecay(split, since_start, jnp.exp(until), through, levels)
-
-
-def is_second(size: int, bits: int):
-    """[C, 1]: whether a token is in a second block of 2^bits tokens."""
-    return (lax.broadcasted_iota(jnp.int32, (size, 1), 0) >> bits) & 1 == 1
-
-
-def joins(size: int, bits: int):
-    """[C, C]: i in a second block, j in the first one beside it."""
-    i, j = places(size)
-    return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits > j >> bits)
-
-
-def swapped(x, bits: int):
-    """Rows of neighbouring blocks in each other's place."""
-    size, half = x.shape[0], 1 << bits
-    if half < 8:
-        down, up = pltpu.roll(x, half, 0), pltpu.roll(x, size - half, 0)
-        return jnp.where(is_second(size, bits), down, up)
-    starts = (n ^ half for n in range(0, size, half))
-    return jnp.concatenate([x[n : n + half] for n in starts])
-
-
-def packed(xs, bits: int):
-    """The second blocks' rows of one or two arrays in one. Where blocks are no whole tiles, those
-    of the second array lie in the first blocks' rows."""
-    size, half = xs[0].shape[0], 1 << bits
-    if half >= 8:
-        starts = range(half, size, 2 * half)
-        return jnp.concatenate([x[n : n + half] for x in xs for n in starts])
-    if len(xs) == 1:
-        return xs[0]
-    return jnp.where(is_second(size, bits), xs[0], swapped(xs[1], bits))
-
-
-def unpacked(array, bits: int, count: int) -> list:
-    """`count` arrays whose second blocks' rows are those of `packed`, zero in first blocks."""
-    half = 1 << bits
-    if half >= 8:
-        zero = jnp.zeros((half, array.shape[1]), array.dtype)
-        return [
-            jnp.concatenate(
-                [x for n in range(0, len(part), half) for x in (zero, part[n : n + half])]
-            )
-            for part in jnp.split(array, count)
-        ]
-    second = is_second(array.shape[0], bits)
-    found = [array, swapped(array, bits)][:count]
-    return [jnp.where(second, x, 0) for x in found]

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+HALF, WIDE = jnp.bfloat16, jnp.float32
 SIDE = 64  # of a tile, and the tokens of a chunk: wgmma makes 64 rows at a time
 WGMMA = plgpu.Layout.WGMMA
 _OLD = "out_shape" in inspect.signature(plgpu.kernel).parameters  # before jax 0.12
@@ -57,14 +58,15 @@ def run(body, given, out, scratch, *, name, grid, interpret, by_lane=False):
 
 # ---------------------------------------------------------------- tiles
 
-SUMS = plgpu.ACC((SIDE, SIDE), jnp.float32)
+SUMS = plgpu.ACC((SIDE, SIDE), WIDE)
+NUMBERS = plgpu.SMEM((SIDE,), WIDE)
 
 
 def tile(*buffers):
     """Tiles [64, 64] of bfloat16 in shared memory, as wgmma reads them."""
     tiling = plgpu.TilingTransform((8, SIDE))  # type: ignore[abstract]
     swizzle = plgpu.SwizzleTransform(2 * SIDE)  # type: ignore[abstract]
-    return plgpu.SMEM((*buffers, SIDE, SIDE), jnp.bfloat16, transforms=(tiling, swizzle))
+    return plgpu.SMEM((*buffers, SIDE, SIDE), HALF, transforms=(tiling, swizzle))
 
 
 def copy_in(barrier, *pairs):
@@ -81,7 +83,7 @@ def load(ref, dtype=None, *, shared=True):
 
 def store(ref, x):
     """Rounds x to a tile in shared memory."""
-    ref[...] = x.astype(jnp.bfloat16)
+    ref[...] = x.astype(HALF)
 
 
 def span(n):
@@ -151,6 +153,62 @@ def sums_over(steps: int, slots: int, arrived, fetch, use, count: int) -> list:
         return found if beside[0] is None else [*found, functools.reduce(jnp.add, beside)]
 
     return pl.run_scoped(run, *[SUMS] * count)
+
+
+# ---------------------------------------------------------------- arrays in two parts
+
+
+def put(parts, x):
+    """x [64, 64] as the sum of two tiles in shared memory, exact to 2^-17. It is rounded to the
+    first by its bits, since conversions that are not of two numbers at once are slow."""
+    bits = (lax.bitcast_convert_type(x, jnp.int32) + 0x8000) & ~0xFFFF
+    main = lax.bitcast_convert_type(bits, WIDE)
+    parts[0] = main.astype(HALF)
+    parts[1] = (x - main).astype(HALF)
+
+
+def total(parts):
+    """The sum of two parts, in registers."""
+    return load(parts.at[0], WIDE) + load(parts.at[1], WIDE)
+
+
+def in_pairs(tiles, count):
+    """The parts of `count` arrays."""
+    return [tiles.at[2 * n : 2 * n + 2] for n in range(count)]
+
+
+def unhoisted(*tiles):
+    """The same tiles [n, 64, 64], at addresses that depend on what the compiler takes for unknown.
+    It would compute them all in front of a loop, for more registers than there are."""
+    zero = lax.optimization_barrier(jnp.int32(0))
+    return [ref.at[pl.ds(zero, ref.shape[0])] for ref in tiles]
+
+
+def halves(parts, turn=False):
+    """Both parts as operands of products, or those of the transpose."""
+    return [turned(parts.at[n]) if turn else parts.at[n] for n in range(2)]
+
+
+def both(a, b):
+    """Products of a tile with both parts of an array."""
+    return [(a, part) for part in b]
+
+
+def in_parts(a, b):
+    """Products of two arrays in parts, without that of what is small in both."""
+    return [*both(a[0], b), (a[1], b[0])]
+
+
+def dots(*wanted):
+    """Sums of products of tiles, each from a list of (a, b); all run at once."""
+
+    def run(*sums):
+        for found, pairs in zip(sums, wanted, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(found, a, b)
+        return [found[...] for found in sums]
+
+    return pl.run_scoped(run, *[SUMS] * len(wanted))
 
 
 # ---------------------------------------------------------------- decays

@@ -37,11 +37,7 @@ OPS = {
 
 
 # Those that have kernels of ours for GPUs.
-ON_GPU = {
-    case: runs
-    for case, runs in OPS.items()
-    if case not in (("chunk_delta", "channel"), ("window_attention", "none"))
-}
+ON_GPU = {case: runs for case, runs in OPS.items() if case[0] != "window_attention"}
 
 
 def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:

@@ -28,11 +28,15 @@ def places(size: int):
 
 def parts(x, like):
     """What `dot_in_parts` makes products of: x itself, or for an op in bfloat16 a float32 x as a
-    sum of two arrays of bfloat16. Split what is used twice once."""
+    sum of two arrays that bfloat16 holds. Split what is used twice once.
+
+    They stay float32 up to the product: v5e has no arithmetic of bfloat16, and turning what was
+    rounded from the tiles of one into those of the other takes longer than rounding it twice.
+    """
     if like == jnp.float32 or x.dtype == jnp.bfloat16:
         return (x,)
-    main = x.astype(jnp.bfloat16)
-    return main, (x - main.astype(jnp.float32)).astype(jnp.bfloat16)
+    main = x.astype(jnp.bfloat16).astype(jnp.float32)
+    return main, x - main
 
 
 def rounded(x, like):
@@ -42,18 +46,35 @@ def rounded(x, like):
 
 def dot_in_parts(a, b, of_a: int, of_b: int):
     """`dot` of two `parts`, for where terms cancel: exact to float32, or in bfloat16 by 2 or 3
-    products to 4e-6."""
-    total = dot(a[0], b[0], of_a, of_b)
-    for rest in b[1:]:
-        total = total + dot(a[0], rest, of_a, of_b)
-    for rest in a[1:]:
-        total = total + dot(rest, b[0], of_a, of_b)
-    return total
+    products to 4e-6; they are one, over all terms side by side, where that moves nothing."""
+    if len(a) == len(b) == 1:
+        return dot(a[0], b[0], of_a, of_b)
+    terms = [(a[0], y) for y in b] + [(x, b[0]) for x in a[1:]]
+    if of_a == of_b == 0 or a[0].shape[of_a] % 128 == 0:
+        sides = ([x.astype(jnp.float32) for x in side] for side in zip(*terms, strict=True))
+        left, right = sides
+        terms = [(jnp.concatenate(left, axis=of_a), jnp.concatenate(right, axis=of_b))]
+    half = jnp.bfloat16
+    return sum(dot(x.astype(half), y.astype(half), of_a, of_b) for x, y in terms)
 
 
-def unit_lower_inverses(lowers, like):
-    """(I + L)^-1 of strictly lower L [C, C], C a power of two: those of all heads side by side, so
-    that a product need not wait for the one before it.
+def in_step(runs) -> list:
+    """What generators return that are advanced in turn, one for each head: they yield where a
+    product has to be waited for, and the compiler finds those of other heads next to it."""
+    runs = list(runs)
+    results, left = [None] * len(runs), list(range(len(runs)))
+    while left:
+        for n in tuple(left):
+            try:
+                next(runs[n])
+            except StopIteration as end:
+                results[n] = end.value
+                left.remove(n)
+    return results
+
+
+def unit_lower_inverse(lower, like):
+    """(I + L)^-1 of strictly lower L [C, C], C a power of two, as a generator for `in_step`.
 
     The inverse of blocks of b places on the diagonal becomes that of blocks of 2 b by
     X <- X - X L' X, L' what joins the two halves of each block. Exact for equal keys, and nothing
@@ -61,33 +82,32 @@ def unit_lower_inverses(lowers, like):
     all factors rounded, and X + X (E + E E) with its residual E = I - (I + L) X is as near as with
     factors in two parts: the terms left out are X E^3.
     """
-    size = lowers[0].shape[0]
+    size = lower.shape[0]
     i, j = places(size)
 
     def joins(bits):
         return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits != j >> bits)
 
     unit = jnp.where(i == j, 1.0, 0.0)
-    found = [unit - jnp.where(joins(0), x, 0) for x in lowers]
-    rounded = [x.astype(like) for x in lowers]
+    found = unit - jnp.where(joins(0), lower, 0)
+    low = lower.astype(like)
     for bits in range(1, size.bit_length() - 1):
         half = 1 << bits
-        factors = [x.astype(like) for x in found]
-        joined = [_second(jnp.where(joins(bits), x, 0), half) for x in rounded]
-        inner = [dot(x, y, 1, 0) for x, y in zip(joined, factors, strict=True)]
-        inner = [_spread(x.astype(like), half) for x in inner]
-        changes = [dot(_second(x, half), y, 1, 0) for x, y in zip(factors, inner, strict=True)]
-        found = [x - _spread(y, half) for x, y in zip(found, changes, strict=True)]
+        factor = found.astype(like)
+        inner = dot(_second(jnp.where(joins(bits), low, 0), half), factor, 1, 0)
+        yield
+        change = dot(_second(factor, half), _spread(inner.astype(like), half), 1, 0)
+        yield
+        found = found - _spread(change, half)
     if like == jnp.float32:
         return found
-    factors = [x.astype(like) for x in found]
-    errors = [
-        unit - x.astype(jnp.float32) - dot_in_parts(parts(y, like), (x,), 1, 0)
-        for x, y in zip(factors, lowers, strict=True)
-    ]
-    rests = [x.astype(like) for x in errors]
-    rests = [(x + dot(y, y, 1, 0)).astype(like) for x, y in zip(errors, rests, strict=True)]
-    return [x.astype(jnp.float32) + dot(x, y, 1, 0) for x, y in zip(factors, rests, strict=True)]
+    factor = found.astype(like)
+    error = unit - factor.astype(jnp.float32) - dot_in_parts(parts(lower, like), (factor,), 1, 0)
+    yield
+    rest = error.astype(like)
+    rest = (error + dot(rest, rest, 1, 0)).astype(like)
+    yield
+    return factor.astype(jnp.float32) + dot(factor, rest, 1, 0)
 
 
 def _second(x, half: int):

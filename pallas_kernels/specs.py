@@ -134,13 +134,18 @@ def shared(**more) -> tuple[Spec, ...]:
     )
 
 
+CHANNELS = """ragged one_token no_state resets all_resets gate_exactly_1 gate_extreme gate_mixed
+gate_infinite shared_key wide wide_v wide_k equal_keys alike_keys"""
+
+
 def shared_on_gpu(**more) -> tuple[Spec, ...]:
     """The cases on GPUs: bfloat16 in chunks of 64. What rounding a state does to dg depends on how
     much of <S, dS> cancels, which is one number for each head and chunk: it takes 8 heads to
-    compare the distance with what is expected of rounding."""
+    compare the distance with what is expected of rounding. With a decay for each channel there are
+    K numbers."""
     case = partial(Spec, dtype="bfloat16", **more)
     eight = partial(case, H=8)
-    return (
+    cases = (
         eight(name="one_chunk", T=64),
         eight(name="ragged", B=2, T=100),
         eight(name="one_token", B=2, T=1),
@@ -163,4 +168,12 @@ def shared_on_gpu(**more) -> tuple[Spec, ...]:
         case(name="wide_k", T=100, H=4, K=256),
         eight(name="equal_keys", T=128, keys="equal", gate=0.1),
         eight(name="alike_keys", T=128, keys="cosine", gate=0.1),
+    )
+    return (
+        *cases,
+        *(
+            dataclasses.replace(case, name=f"channels_{case.name}", decay="channel", H=2)
+            for case in cases
+            if case.name in CHANNELS.split()
+        ),
     )

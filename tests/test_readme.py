@@ -2,10 +2,11 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
-from memjax import cells, readme
+from memjax import cells, readme, tasks
 from memjax.errors import UserError
 
 
@@ -33,6 +34,16 @@ def test_the_table_has_a_row_for_every_cell():
     assert cells.get("delta_net").recurrence in row and "/abs/2102.11174)" in row
     other = next(line for line in lines if "`titans`" in line)
     assert other.count("| - ") == 4 and cells.get("titans").choice in other
+
+
+def test_the_table_of_tasks_has_every_task_and_its_config():
+    root = pathlib.Path(__file__).parents[1]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if "| `configs/" in line]
+    found = {name: row[-2].strip(" `") for row in rows for name in re.findall("`(\\w+)`", row[1])}
+    assert sorted(found) == tasks.names()
+    for name, path in found.items():
+        assert f'"{name}"' in (root / path).read_text(encoding="utf-8"), name
 
 
 def test_only_what_is_between_the_marks_changes():

@@ -25,7 +25,8 @@ def chunk_delta(
       q, k: [B, T, h, K], h dividing H; head i of H takes head i h // H. K 64, 128 or 256. A
         contraction for unit-norm keys.
       v: [B, T, H, V], V 64, 128 or 256. All three float32 or all bfloat16.
-      beta: [B, T, H], 0 to 2, taken as float32; what is below 2^-100 is 2^-100.
+      beta: [B, T, H], 0 to 2, taken as float32; what is below 2^-100 is 2^-100, or for a
+        decay of each channel on GPUs, below 2^-80, 2^-80.
       g: log decay <= 0, taken as float32: [B, T, H] for each head, [B, T, H, K] for each row of
         S; None for no decay.
       initial_state: [B, H, K, V], finite; None for zero.
@@ -53,11 +54,11 @@ def chunk_delta(
         size=v.shape[-1],
         like=v,
         states=28,
-        pairs=22 if v.dtype == jnp.float32 else 12,
+        pairs=41 if v.dtype == jnp.float32 else 16,
         logs=0 if g is None or g.ndim == 3 else 34,
     )
     given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
-    call = common.call(NAME, *given, size_of=size_of, beta=beta, by_channel=("tpu",))
+    call = common.call(NAME, *given, size_of=size_of, beta=beta)
     beta = common.padded(beta.astype(jnp.float32), call.static.chunk)
     o, state = _op(call.static, *call.arrays[:3], beta, *call.arrays[3:])
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")
@@ -74,7 +75,7 @@ def _op(static, q, k, v, beta, g, reset, initial):
 
 def _forward(static, q, k, v, beta, g, reset, initial, keep):
     decaying, columns = decays.arrays(g, reset, static), _columns(beta, static)
-    forward, _ = common.kernels(NAME, static.platform)
+    forward, _ = common.kernels(NAME, static, g)
     return forward(q, k, v, columns, decaying, initial, keep=keep, **static.options())
 
 
@@ -87,7 +88,7 @@ def _op_forward(static, q, k, v, beta, g, reset, initial):
 def _op_backward(static, saved, cotangents):
     q, k, v, beta, g, reset, kept = saved
     decaying, columns = decays.arrays(g, reset, static), _columns(beta, static)
-    _, backward = common.kernels(NAME, static.platform)
+    _, backward = common.kernels(NAME, static, g)
     dq, dk, dv, dbeta, dg, dinitial = backward(
         q, k, v, columns, decaying, kept, *cotangents, **static.options()
     )
@@ -96,7 +97,7 @@ def _op_backward(static, saved, cotangents):
         dk,
         dv,
         common.by_token(dbeta),
-        decays.clipped(dg, g, reset, static.platform),
+        decays.clipped(dg, g),
         None,
         dinitial,
     )

@@ -16,6 +16,7 @@ when gradients follow 4 K V / C + 4 V of S in front of each chunk and R.
 
 import dataclasses
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,79 +25,61 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import SIDE, copy_in, decayed, span, tile, turned
+from pallas_kernels.mosaic import (
+    HALF,
+    NUMBERS,
+    SIDE,
+    WIDE,
+    both,
+    copy_in,
+    decayed,
+    dots,
+    halves,
+    in_pairs,
+    in_parts,
+    put,
+    span,
+    tile,
+    total,
+    turned,
+    unhoisted,
+)
 
-HALF, WIDE = jnp.bfloat16, jnp.float32
-NUMBERS = plgpu.SMEM((SIDE,), WIDE)
 IN_REGISTERS = 128  # the largest K whose states a warpgroup keeps in registers
-
-
-# ---------------------------------------------------------------- arrays in two parts
-
-
-def put(parts, x):
-    """x [64, 64] as the sum of two tiles in shared memory, exact to 2^-17. It is rounded to the
-    first by its bits, since conversions that are not of two numbers at once are slow."""
-    bits = (lax.bitcast_convert_type(x, jnp.int32) + 0x8000) & ~0xFFFF
-    main = lax.bitcast_convert_type(bits, WIDE)
-    parts[0] = main.astype(HALF)
-    parts[1] = (x - main).astype(HALF)
-
-
-def total(parts):
-    """The sum of two parts, in registers."""
-    return mosaic.load(parts.at[0], WIDE) + mosaic.load(parts.at[1], WIDE)
-
-
-def in_pairs(tiles, count):
-    """The parts of `count` arrays."""
-    return [tiles.at[2 * n : 2 * n + 2] for n in range(count)]
-
-
-def unhoisted(*tiles):
-    """The same tiles [n, 64, 64], at addresses that depend on what the compiler takes for unknown.
-    It would compute them all in front of a loop, for more registers than there are."""
-    zero = lax.optimization_barrier(jnp.int32(0))
-    return [ref.at[pl.ds(zero, ref.shape[0])] for ref in tiles]
-
-
-def halves(parts, turn=False):
-    """Both parts as operands of products, or those of the transpose."""
-    return [turned(parts.at[n]) if turn else parts.at[n] for n in range(2)]
-
-
-def both(a, b):
-    """Products of a tile with both parts of an array."""
-    return [(a, part) for part in b]
-
-
-def in_parts(a, b):
-    """Products of two arrays in parts, without that of what is small in both."""
-    return [*both(a[0], b), (a[1], b[0])]
-
-
-def dots(*wanted):
-    """Sums of products of tiles, each from a list of (a, b); all run at once."""
-
-    def run(*sums):
-        for found, pairs in zip(sums, wanted, strict=True):
-            for a, b in pairs:
-                plgpu.wgmma(found, a, b)
-        return [found[...] for found in sums]
-
-    return pl.run_scoped(run, *[mosaic.SUMS] * len(wanted))
 
 
 # ---------------------------------------------------------------- inverses
 
 
-def inverses(k, beta, sums, *, interpret):
-    """M of every chunk in two parts, [B, H, N, 2, C, C]. beta: [B, H, N, C]; sums: rows of
-    `decays.log_decay_sums`, or None.
+def inverse_of(x, lower):
+    """(I + L)^-1, L what is below the diagonal of `lower`. x.work, x.found: tiles to work in.
 
-    As `products.unit_lower_inverses`, with the mask on what is found: X, the inverse of the blocks
+    As `products.unit_lower_inverse`, with the mask on what is found: X, the inverse of the blocks
     on the diagonal, is zero elsewhere, so that in X L X each pair of blocks stands alone.
     """
+    i, j = mosaic.places(SIDE)
+    lower = jnp.where(i > j, lower, 0.0)
+    put(x.work.at[:2], lower)
+
+    def joins(bits):
+        return (i ^ j) >> bits == 1
+
+    def double(bits, found):
+        work, parts = unhoisted(x.work, x.found)
+        low, inner = in_pairs(work, 2)
+        put(parts, found)
+        plgpu.commit_smem()
+        put(inner, dots(in_parts(halves(low), halves(parts)))[0])
+        plgpu.commit_smem()
+        return jnp.where(joins(bits), -dots(in_parts(halves(parts), halves(inner)))[0], found)
+
+    found = jnp.where(i == j, 1.0, jnp.where(joins(0), -lower, 0.0))
+    return lax.fori_loop(1, SIDE.bit_length() - 1, double, found)
+
+
+def inverses(k, beta, sums, *, interpret):
+    """M of every chunk in two parts, [B, H, N, 2, C, C]. beta: [B, H, N, C]; sums: rows of
+    `decays.log_decay_sums`, or None."""
     batch, length, fewer, width = k.shape
     heads, chunks, steps = beta.shape[1], length // SIDE, width // SIDE
     gated = sums is not None
@@ -114,24 +97,7 @@ def inverses(k, beta, sums, *, interpret):
         keys = [x.work.at[n] for n in range(steps)]
         (alike,) = dots([(key, turned(key)) for key in keys])
         alike = mosaic.of_rows(x.rates, alike.shape) * mosaic.lower(alike, x.decays)
-        i, j = mosaic.places(SIDE)
-        lower = jnp.where(i > j, alike, 0.0)
-        put(x.work.at[:2], lower)
-
-        def joins(bits):
-            return (i ^ j) >> bits == 1
-
-        def double(bits, found):
-            work, parts = unhoisted(x.work, x.found)
-            low, inner = in_pairs(work, 2)
-            put(parts, found)
-            plgpu.commit_smem()
-            put(inner, dots(in_parts(halves(low), halves(parts)))[0])
-            plgpu.commit_smem()
-            return jnp.where(joins(bits), -dots(in_parts(halves(parts), halves(inner)))[0], found)
-
-        found = jnp.where(i == j, 1.0, jnp.where(joins(0), -lower, 0.0))
-        put(x.found, lax.fori_loop(1, SIDE.bit_length() - 1, double, found))
+        put(x.found, inverse_of(x, alike))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(x.found, x.inverses.at[row, head, chunk])
         plgpu.wait_smem_to_gmem(0)
@@ -188,6 +154,7 @@ class Walk:
     chunks: int
     heads: int
     backward: bool = False
+    tiles: ClassVar[tuple[str, ...]] = ("q_tiles", "v_tile", "inverse", "work", "aside")
 
     @property
     def steps(self) -> int:
@@ -236,6 +203,13 @@ class Walk:
         if self.x.sums is not None:
             copy_in(self.x.rates_ready, (self.x.sums.at[row, self.head(), chunk], self.x.decays))
 
+    def fetch_first(self):
+        for n in range(min(2, self.chunks)):
+            self.fetch_keys(n, n)
+        self.fetch_rates(0)
+        self.fetch_queries(0)
+        self.fetch_inverse(0)
+
     def put_state(self, state):
         """What is in registers to where products read it."""
         for i, tile_ in enumerate(state):
@@ -261,22 +235,18 @@ class Walk:
             place = self.tokens(there, n, self.columns(), part)
             plgpu.copy_smem_to_gmem(parts.at[part], place)
 
-    def moved(self, state, through, added):
-        """through times the state plus added(i), tile by tile."""
+    def moved(self, state, move):
+        """The state with move(i, tile) in the place of its i-th tile."""
         if state:
-            return [through * tile_ + added(i) for i, tile_ in enumerate(state)]
+            return [move(i, tile_) for i, tile_ in enumerate(state)]
         for i, parts in enumerate(self.states):
-            put(parts, through * total(parts) + added(i))
+            put(parts, move(i, total(parts)))
         return state
 
     def run(self, step, initial, final):
         """step(walk, n, slot, state) -> the state behind the chunk. A state is a list of tiles,
         empty where they are not in registers; initial, final: [B, H, K, V]."""
-        for n in range(min(2, self.chunks)):
-            self.fetch_keys(n, n)
-        self.fetch_rates(0)
-        self.fetch_queries(0)
-        self.fetch_inverse(0)
+        self.fetch_first()
         row, _ = self.at(0)
         places = [(row, self.head(), span(i), self.columns()) for i in range(self.steps)]
         state = [mosaic.load(initial.at[place], shared=False) for place in places]
@@ -286,8 +256,8 @@ class Walk:
             state = []
 
         def at_chunk(n, state):
-            names = ("q_tiles", "v_tile", "inverse", "work", "aside")
-            tiles = {name: ref for name in names if (ref := getattr(self.x, name)) is not None}
+            names = [name for name in self.tiles if getattr(self.x, name) is not None]
+            tiles = {name: getattr(self.x, name) for name in names}
             moved = dict(zip(tiles, unhoisted(*tiles.values()), strict=True))
             walk = dataclasses.replace(self, x=SimpleNamespace(**vars(self.x) | moved))
             return step(walk, n, lax.rem(n, 2), state)
@@ -350,9 +320,11 @@ def forward(q, k, v, beta, sums, initial, *, scale, chunk, heads, keep, interpre
         plgpu.commit_smem()
         pl.when(later)(lambda: walk.fetch_rates(n + 1))
         plgpu.copy_smem_to_gmem(x.v_tile.at[0], walk.tokens(x.o, n, walk.columns()))
-        state = walk.moved(
-            state, through, lambda i: dots(both(turned(keys[i]), halves(written)))[0]
-        )
+
+        def move(i, tile_):
+            return through * tile_ + dots(both(turned(keys[i]), halves(written)))[0]
+
+        state = walk.moved(state, move)
         pl.when(n + 2 < chunks)(lambda: walk.fetch_keys(n + 2, slot))
         return state
 

@@ -21,22 +21,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.chunk_delta.gpu import (
+from pallas_kernels.chunk_delta.gpu import Walk, walk_scratch
+from pallas_kernels.mosaic import (
     HALF,
     NUMBERS,
+    SIDE,
     WIDE,
-    Walk,
     both,
+    copy_in,
+    decayed,
     dots,
     halves,
     in_pairs,
     in_parts,
+    load,
+    of_rows,
     put,
+    span,
+    store,
+    tile,
     total,
+    turned,
     unhoisted,
-    walk_scratch,
 )
-from pallas_kernels.mosaic import SIDE, copy_in, decayed, load, of_rows, span, store, tile, turned
+
+LARGE = 2.0**64  # times what is as small as the square of a rate
 
 
 def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
@@ -74,10 +83,10 @@ def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
         put(first, written + scale * answered)
         through = mosaic.through(1.0, x.decays)
 
-        def asked(i):
-            return scale * dots(both(turned(queries[i]), asking))[0]
+        def read(i, tile_):
+            return through * tile_ + scale * dots(both(turned(queries[i]), asking))[0]
 
-        state = walk.moved(state, through, asked)
+        state = walk.moved(state, read)
         pl.when(later)(lambda: walk.fetch_queries(n + 1))
         plgpu.barrier_wait(x.inverse_ready)
         plgpu.commit_smem()
@@ -91,7 +100,11 @@ def walk(q, k, do, beta, sums, found, dfinal, *, scale, interpret):
         pl.when(later)(lambda: walk.fetch_rates(n + 1))
         walk.keep_rows(first, x.wanted, n)
         plgpu.copy_smem_to_gmem(do, walk.tokens(x.dv, n, walk.columns()))
-        state = walk.moved(state, 1.0, lambda i: -dots(both(turned(keys[i]), halves(second)))[0])
+
+        def wrote(i, tile_):
+            return tile_ - dots(both(turned(keys[i]), halves(second)))[0]
+
+        state = walk.moved(state, wrote)
         pl.when(n + 2 < chunks)(lambda: walk.fetch_keys(n + 2, slot))
         return state
 
@@ -123,12 +136,13 @@ def values_of(x, heads, row, chunk, head, columns):
 
 def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
     """[both parts of dA, and dB, [B, H, N, 3, C, C], dbeta [B, H, N, C], and if there are decays,
-    what dg has from pairs of tokens, [B, H, N, C]]. rows, wanted: R and dY in parts."""
+    what dg has from pairs of tokens, [B, H, N, C]]. rows, wanted: R and dY in parts. Without rates
+    that is dV for dY, dB has two parts too, and dbeta is LARGE R . dV."""
     batch, length, heads, size = do.shape
     group, width, chunks = heads // q.shape[2], q.shape[3], length // SIDE
     across, steps = size // SIDE, width // SIDE
     slots = 2
-    gated = sums is not None
+    rated, gated = beta is not None, sums is not None
 
     def body(x):
         chunk, head, row = (lax.axis_index(axis) for axis in ("chunk", "head", "batch"))
@@ -143,6 +157,7 @@ def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
                 plgpu.wgmma(dscores, a, b)
             for a, b in in_parts(halves(asking), halves(written, turn=True)):
                 plgpu.wgmma(dlower, a, b)
+            return None if rated else jnp.sum(LARGE * total(written) * total(asking), axis=1)
 
         def fetch_keys(n, slot):
             there = (row, span(chunk), lax.div(head, group), span(n))
@@ -154,21 +169,24 @@ def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
             plgpu.wgmma(asked, q, turned(k))
             plgpu.wgmma(alike, k, turned(k))
 
-        copies = [(x.beta.at[row, head, chunk], x.rates)]
+        if rated:
+            copy_in(x.ready, (x.beta.at[row, head, chunk], x.rates))
         if gated:
-            copies.append((x.sums.at[row, head, chunk], x.decays))
-        copy_in(x.ready, *copies)
-        dscores, dlower = mosaic.sums_over(
+            copy_in(x.ready, (x.sums.at[row, head, chunk], x.decays))
+        dscores, dlower, *dbeta = mosaic.sums_over(
             across, min(slots, across), x.arrived, fetch_values, use_values, 2
         )
-        plgpu.barrier_wait(x.ready)
+        if rated:
+            plgpu.barrier_wait(x.ready)
         i, j = mosaic.places(SIDE)
-        rates = of_rows(x.rates, dlower.shape)
-        x.dbeta_row[...] = jnp.sum(jnp.where(i == j, dlower / rates, 0.0), axis=1)
+        rates = of_rows(x.rates, dlower.shape) if rated else 1.0
+        if rated:
+            dbeta = [jnp.sum(jnp.where(i == j, dlower / rates, 0.0), axis=1)]
+        (x.dbeta_row[...],) = dbeta
         dscores = scale * mosaic.lower(dscores, x.decays)
         dalike = jnp.where(i > j, -rates * mosaic.lower(dlower, x.decays), 0.0)
         put(x.made.at[:2], dscores)
-        store(x.made.at[2], dalike)
+        store(x.made.at[2], dalike) if rated else put(x.made.at[2:], dalike)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(x.made, x.dpairs.at[row, head, chunk])
         plgpu.copy_smem_to_gmem(x.dbeta_row, x.dbeta.at[row, head, chunk])
@@ -187,22 +205,23 @@ def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
         plgpu.wait_smem_to_gmem(0)
 
     shape = jax.ShapeDtypeStruct
-    numbers = shape(beta.shape, WIDE)
+    numbers, made = shape((batch, heads, chunks, SIDE), WIDE), 3 if rated else 4
     return mosaic.run(
         body,
         {"q": q, "k": k, "do": do, "beta": beta, "sums": sums, "rows": rows, "wanted": wanted},
         {
-            "dpairs": shape((batch, heads, chunks, 3, SIDE, SIDE), HALF),
+            "dpairs": shape((batch, heads, chunks, made, SIDE, SIDE), HALF),
             "dbeta": numbers,
             "dg": numbers if gated else None,
         },
         {
             "tiles": tile(slots, 5),
-            "made": tile(3),
-            **dict.fromkeys(("rates", "dbeta_row"), NUMBERS),
+            "made": tile(made),
+            "rates": NUMBERS if rated else None,
+            "dbeta_row": NUMBERS,
             "dg_row": NUMBERS if gated else None,
             "decays": plgpu.SMEM((2, SIDE), WIDE) if gated else None,
-            "ready": plgpu.Barrier(num_arrivals=1 + gated),
+            "ready": plgpu.Barrier(num_arrivals=1 + gated) if rated else None,
             "arrived": plgpu.Barrier(num_arrivals=5, num_barriers=slots),
             "keys_arrived": plgpu.Barrier(num_arrivals=2, num_barriers=slots) if gated else None,
         },
@@ -211,6 +230,32 @@ def pairs(q, k, do, beta, sums, rows, wanted, *, scale, interpret):
         interpret=interpret,
         by_lane=True,
     )
+
+
+def sums_of_values(x, row, chunk, head, column, carried: bool) -> list:
+    """Of a chunk and 64 columns of K the sums over all of V of dO S^T, R dS^T and dY S^T, [C, 64],
+    and, if it is wanted, of S . dS, [64]. x.tiles: nine; x.bounds, x.dbounds: S and dS."""
+    heads, size = x.do.shape[2:]
+
+    def fetch(n, slot):
+        sources = values_of(x, heads, row, chunk, head, span(n))
+        for ref in (x.bounds, x.dbounds):
+            for part in range(2):
+                sources.append(ref.at[row, chunk, part * heads + head, span(column), span(n)])
+        copy_in(x.arrived.at[slot], *zip(sources, each(x.tiles), strict=True))
+
+    def use(slot, dread, dadded, dseen):
+        (tiles,) = unhoisted(x.tiles)
+        do, (rows, wanted, state, dstate) = tiles.at[0], in_pairs(tiles.at[1:], 4)
+        for a, b in both(do, halves(state, turn=True)):
+            plgpu.wgmma(dread, a, b)
+        for a, b in in_parts(halves(rows), halves(dstate, turn=True)):
+            plgpu.wgmma(dadded, a, b)
+        for a, b in in_parts(halves(wanted), halves(state, turn=True)):
+            plgpu.wgmma(dseen, a, b)
+        return jnp.sum(total(state) * total(dstate), axis=1) if carried else None
+
+    return mosaic.sums_over(size // SIDE, 1, x.arrived, fetch, use, 3)
 
 
 def keys(q, k, do, beta, sums, bounds, dbounds, rows, wanted, dpairs, *, scale, interpret):
@@ -226,24 +271,6 @@ def keys(q, k, do, beta, sums, bounds, dbounds, rows, wanted, dpairs, *, scale, 
         part, head, row = (lax.axis_index(axis) for axis in ("tile", "head", "batch"))
         chunk, column = lax.div(part, across), lax.rem(part, across)
 
-        def fetch(n, slot):
-            sources = values_of(x, heads, row, chunk, head, span(n))
-            for ref in (x.bounds, x.dbounds):
-                for part in range(2):
-                    sources.append(ref.at[row, chunk, part * heads + head, span(column), span(n)])
-            copy_in(x.arrived.at[slot], *zip(sources, each(x.tiles), strict=True))
-
-        def use(slot, dread, dadded, dseen):
-            (tiles,) = unhoisted(x.tiles)
-            do, (rows, wanted, state, dstate) = tiles.at[0], in_pairs(tiles.at[1:], 4)
-            for a, b in both(do, halves(state, turn=True)):
-                plgpu.wgmma(dread, a, b)
-            for a, b in in_parts(halves(rows), halves(dstate, turn=True)):
-                plgpu.wgmma(dadded, a, b)
-            for a, b in in_parts(halves(wanted), halves(state, turn=True)):
-                plgpu.wgmma(dseen, a, b)
-            return jnp.sum(total(state) * total(dstate), axis=1) if gated else None
-
         there = (row, span(chunk), lax.div(head, group), span(column))
         tokens = [ref.at[there] for ref in (x.q, x.k)]
         copies = [
@@ -254,7 +281,8 @@ def keys(q, k, do, beta, sums, bounds, dbounds, rows, wanted, dpairs, *, scale, 
         if gated:
             copies.append((x.sums.at[row, head, chunk], x.decays))
         copy_in(x.ready, *copies)
-        dread, dadded, dseen, *carried = mosaic.sums_over(size // SIDE, 1, x.arrived, fetch, use, 3)
+        found = sums_of_values(x, row, chunk, head, column, gated)
+        dread, dadded, dseen, *carried = found
         main, (rest, dalike) = x.tiles.at[0], each(x.made)
         plgpu.commit_smem()
         copy_in(x.last_ready, (x.dpairs.at[row, head, chunk, 0], main))

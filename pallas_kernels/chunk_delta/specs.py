@@ -24,6 +24,7 @@ SPECS = (
     Spec(name="channel_bf16_full_slow", **CHANNEL, gate=0.01, beta=(0.0, 2.0)),
 )
 GPU: dict[str, Any] = {"T": 192, "H": 8, "dtype": "bfloat16"}
+CHANNELS: dict[str, Any] = {**GPU, "H": 2, "decay": "channel"}
 GPU_SPECS = (
     *shared_on_gpu(beta=(0.0, 2.0)),
     Spec(name="equal_keys_beta_1", **GPU, keys="equal", decay="none", beta=(1.0, 1.0)),
@@ -33,4 +34,13 @@ GPU_SPECS = (
     Spec(name="alike_keys_widest", **GPU, K=256, keys="cosine", gate=0.1, beta=(0.95, 0.95)),
     Spec(name="long_keys", **GPU, norm=3.0, gate=0.1, beta=(0.0, 0.2)),
     Spec(name="beta_0", **GPU, beta=(0.0, 0.0)),
+    Spec(name="channels_groups", **{**CHANNELS, "H": 4}, key_heads=2, beta=(0.0, 2.0)),
+    Spec(name="channels_equal_keys_slow", **CHANNELS, keys="equal", gate=0.01, beta=(1.0, 1.0)),
+    Spec(name="channels_equal_keys_beta_2", **CHANNELS, keys="equal", gate=0.1, beta=(2.0, 2.0)),
+    Spec(
+        name="channels_alike_keys_wide", **CHANNELS, K=128, keys="cosine", gate=0.0, beta=(1.5, 2.0)
+    ),
+    Spec(name="channels_alike_keys_widest", **CHANNELS, K=256, keys="cosine", beta=(0.95, 0.95)),
+    Spec(name="channels_slow", **CHANNELS, V=128, gate=0.01, beta=(0.0, 2.0)),
+    Spec(name="channels_beta_0", **CHANNELS, beta=(0.0, 0.0)),
 )

@@ -6,10 +6,10 @@
 
 S [K, V] is the state in front of the chunk, float32, G the sum of the log decays since the chunk's
 start, one for each head or channel (0 without decay), R [C, V] what is written at the tokens' keys.
-(I + L)^-1 is made by doubling blocks (`products.unit_lower_inverses`), of all heads together. One
-grid step is a chunk of a group of heads, read as it lies in [B, T, H, D] and turned to [heads, C,
-D] on the chip. Bytes a token and head: those of q, k, v and o, 4 for beta, 16 or 4 K for the decay
-and, when gradients follow, 4 K V / C + 4 C of the state in front of each chunk and the inverse.
+(I + L)^-1 is made by doubling blocks (`products.unit_lower_inverse`). One grid step is a chunk of a
+group of heads, read as it lies in [B, T, H, D] and turned to [heads, C, D] on the chip. Bytes a
+token and head: those of q, k, v and o, 4 for beta, 16 or 4 K for the decay and, when gradients
+follow, 4 K V / C + 4 C of the state in front of each chunk and the inverse.
 float32 or bfloat16; products of float32 are exact to float32. With bfloat16, float32 factors are
 rounded only where that moves less than the rounding of o does; elsewhere a factor is the sum of two
 arrays (`products.dot_in_parts`): between alike keys R holds differences of values and S sums of
@@ -27,10 +27,11 @@ from pallas_kernels import decays
 from pallas_kernels.common import Blocks
 from pallas_kernels.products import (
     dot_in_parts,
+    in_step,
     parts,
     places,
     turned,
-    unit_lower_inverses,
+    unit_lower_inverse,
 )
 
 
@@ -55,25 +56,26 @@ def kernel(*refs, decaying, keep, scale):
     queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
     split = partial(parts, like=dtype)
     beta = beta_ref[...]
-    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split)
-    scored, lowers = [], []
-    for head, decay in enumerate(decayed):
-        scores, alike = decay.pairs([queries[head], keys[head]], keys[head], split)
-        scored.append(scores)
-        lowers.append(strictly_lower(beta[:, head : head + 1] * alike))
-    inverses = unit_lower_inverses(lowers, dtype)
-    outputs = []
-    for head, decay in enumerate(decayed):
+    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
+
+    def outputs_of(head, decay):
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
-        inverse, low = inverses[head], (state.astype(dtype),)
+        rates, low = beta[:, head : head + 1], (state.astype(dtype),)
+        scores, alike = yield from decay.pairs([q, k], k, split)
+        inverse = yield from unit_lower_inverse(strictly_lower(rates * alike), dtype)
         if keep:
             kept[0][head], kept[1][head] = state, inverse
         asked, known = (decay.across(x, low, decay.since_start) for x in (q, k))
-        wanted = beta[:, head : head + 1] * (v - known)
+        yield
+        wanted = rates * (v - known)
         rows = dot_in_parts(split(inverse), (wanted.astype(dtype),), 1, 0)
-        answer = asked + dot_in_parts(split(scored[head]), split(rows), 1, 0)
-        outputs.append((scale * answer).astype(dtype))
+        yield
+        answer = asked + dot_in_parts(split(scores), split(rows), 1, 0)
+        yield
         state_ref[head] = decay.over(state) + decay.into(k, rows, decay.to_end)
+        return (scale * answer).astype(dtype)
+
+    outputs = in_step(map(outputs_of, range(heads), decayed))
     o_ref[...] = turned(jnp.stack(outputs))
 
 

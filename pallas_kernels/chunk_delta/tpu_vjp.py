@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import decays
 from pallas_kernels.chunk_delta.tpu import strictly_lower
 from pallas_kernels.common import Blocks
-from pallas_kernels.products import dot_in_parts, parts, rounded, turned
+from pallas_kernels.products import dot_in_parts, in_step, parts, rounded, turned
 
 
 def kernel(*refs, decaying, scale):
@@ -40,40 +40,57 @@ def kernel(*refs, decaying, scale):
     queries, keys, values, douts = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref, do_ref))
     betas = beta_ref[...]
     split = partial(parts, like=dtype)
-    made, dbetas, dlogs = [], [], []
-    for head, decay in enumerate(
-        decays.of_heads([r[...] for r in others[:decaying]], heads, split)
-    ):
+    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
+
+    def gradients_of(head, decay):
         q, k, v, do = queries[head], keys[head], values[head], douts[head]
         state, dstate, beta = bounds_ref[head], dstate_ref[head], betas[:, head : head + 1]
         low, dlow, inverse = (split(x) for x in (state, dstate, inverses_ref[head]))
         # the forward pass again
-        error = v - decay.across(k, low[:1], decay.since_start)
+        error = v - decay.across(k, (state.astype(dtype),), decay.since_start)
+        yield
         rows = dot_in_parts(inverse, split(beta * error), 1, 0)
+        yield
         written = split(rows)
-        scores, alike = (decay.pairs([x], k, partial(rounded, like=dtype))[0] for x in (q, k))
+        rough = partial(rounded, like=dtype)
+        (scores,) = yield from decay.pairs([q], k, rough)
+        (alike,) = yield from decay.pairs([k], k, rough)
         # back through it
         answered = scale * dot_in_parts(split(scores), (do,), 0, 0)
         drows = answered + decay.across(k, dlow, decay.to_end)
+        yield
         dwanted = dot_in_parts(inverse, split(drows), 0, 0)
+        yield
         dlower = dot_in_parts(split(dwanted), written, 1, 1)
-        dbetas.append(jnp.sum(dwanted * (rows / beta), axis=1, keepdims=True))
+        yield
+        dbeta = jnp.sum(dwanted * (rows / beta), axis=1, keepdims=True)
         dpairs = [
             scale * dot_in_parts((do,), written, 1, 1),
             -beta * strictly_lower(dlower),
         ]
-        (dq, dk), dy, crossing = decay.pairs_back([q, k], k, [scores, alike], dpairs)
+        yield
+        (dq, dk), dy, crossing = yield from decay.pairs_back([q, k], k, [scores, alike], dpairs)
         dv = beta * dwanted
         dread = scale * decays.times(dot_in_parts((do,), low, 1, 1), decay.since_start)
+        yield
         dadded = decays.times(dot_in_parts(written, dlow, 1, 1), decay.to_end)
+        yield
         dseen = decays.times(dot_in_parts(split(dv), low, 1, 1), decay.since_start)
+        yield
         asked = scale * decay.into(q, do, decay.since_start)
+        yield
         new = decay.over(dstate) + asked
         dstate_ref[head] = new - decay.into(k, dv, decay.since_start)
+        yield
+        dlog = None
         if decaying:
             reads = q * dread - k * dseen
-            dlogs.append(decay.log_gradient(crossing, reads, k * dadded, state * dstate))
-        made.append([x.astype(dtype) for x in (dq + dread, dk + dy + dadded - dseen, dv)])
+            dlog = decay.log_gradient(crossing, reads, k * dadded, state * dstate)
+        made = (dq + dread, dk + dy + dadded - dseen, dv)
+        return [x.astype(dtype) for x in made], dbeta, dlog
+
+    found = in_step(map(gradients_of, range(heads), decayed))
+    made, dbetas, dlogs = zip(*found, strict=True)
     dbeta_ref[...] = jnp.concatenate(dbetas, axis=1)
     if decaying:
         dg_ref[0][...] = decays.stacked(dlogs, like=dtype)

@@ -52,7 +52,7 @@ def chunk_linear(
         logs=0 if g is None or g.ndim == 3 else 26,
     )
     given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
-    call = common.call(NAME, *given, size_of=size_of, by_channel=("tpu", "gpu"))
+    call = common.call(NAME, *given, size_of=size_of)
     o, state = _op(call.static, *call.arrays)
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")
 
@@ -62,14 +62,8 @@ def _op(static, q, k, v, g, reset, initial):
     return _forward(static, q, k, v, g, reset, initial, keep=False)[:2]
 
 
-def _kernels(static, g):
-    """The forward and the backward function, others for a decay of each channel on GPUs."""
-    other = static.platform == "gpu" and g is not None and g.ndim == 4
-    return common.kernels(NAME, static.platform + "_channel" * other)
-
-
 def _forward(static, q, k, v, g, reset, initial, keep):
-    forward, _ = _kernels(static, g)
+    forward, _ = common.kernels(NAME, static, g)
     decaying = decays.arrays(g, reset, static)
     return forward(q, k, v, decaying, initial, keep=keep, **static.options())
 
@@ -82,10 +76,10 @@ def _op_forward(static, q, k, v, g, reset, initial):
 
 def _op_backward(static, saved, cotangents):
     q, k, v, g, reset, kept = saved
-    _, backward = _kernels(static, g)
+    _, backward = common.kernels(NAME, static, g)
     decaying = decays.arrays(g, reset, static)
     dq, dk, dv, dg, dinitial = backward(q, k, v, decaying, *kept, *cotangents, **static.options())
-    return dq, dk, dv, decays.clipped(dg, g, reset, static.platform), None, dinitial
+    return dq, dk, dv, decays.clipped(dg, g), None, dinitial
 
 
 _op.defvjp(_op_forward, _op_backward)

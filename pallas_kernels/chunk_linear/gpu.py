@@ -33,8 +33,8 @@ def states(a, b, sums, initial, *, ends=None, scale, backward, name, interpret):
         S <- e^{G_C} S + scale (A e^{G_C - G})^T B,     backward: with e^G instead of e^{G_C - G}
 
     over the chunks in their order, or backward. a: [B, T, h, K]; b: [B, T, H, V]; sums: rows of
-    `decays.log_decay_sums`, or None; initial: float32 [B, H, K, V]. ends: [B, H, N, K], the G_C of
-    decays by channel, of which a has the rest.
+    `decays.log_decay_sums`, or None; initial: float32 [B, H, K, V]. ends: [B, H, N, K], the
+    e^{G_C} of decays by channel, of which a has the rest.
     """
     batch, length, heads, size = b.shape
     group, width, chunks = heads // a.shape[2], a.shape[3], length // SIDE
@@ -74,7 +74,7 @@ def states(a, b, sums, initial, *, ends=None, scale, backward, name, interpret):
                 store(x.weighted, decayed(load(added, jnp.float32), of_chunk, since_start=backward))
                 added = x.weighted
             if ends is not None:
-                state = state * jnp.exp(mosaic.of_rows(x.ends_tiles.at[slot], state.shape))
+                state = state * mosaic.of_rows(x.ends_tiles.at[slot], state.shape)
             state = mosaic.through(state, of_chunk)
             plgpu.commit_smem()
             there = x.states.at[row, place(n), head, of_a, of_b]

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import decays
 from pallas_kernels.common import Blocks
-from pallas_kernels.products import dot, rounded, turned
+from pallas_kernels.products import dot, in_step, rounded, turned
 
 
 def kernel(*refs, decaying, keep, scale):
@@ -36,17 +36,21 @@ def kernel(*refs, decaying, keep, scale):
     heads, dtype = q_ref.shape[1], q_ref.dtype
     split = functools.partial(rounded, like=dtype)
     queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
-    outputs = []
-    for head, decay in enumerate(
-        decays.of_heads([r[...] for r in others[:decaying]], heads, split)
-    ):
+    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
+
+    def outputs_of(head, decay):
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
         if keep:
             bounds_ref[0][head] = state.astype(dtype)
         read = decay.across(q, split(state), decay.since_start)
-        (scores,) = decay.pairs([q], k, split)
-        outputs.append((scale * (read + dot(scores.astype(dtype), v, 1, 0))).astype(dtype))
+        yield
+        (scores,) = yield from decay.pairs([q], k, split)
+        answer = read + dot(scores.astype(dtype), v, 1, 0)
+        yield
         state_ref[head] = decay.over(state) + decay.into(k, v, decay.to_end)
+        return (scale * answer).astype(dtype)
+
+    outputs = in_step(map(outputs_of, range(heads), decayed))
     o_ref[...] = turned(jnp.stack(outputs))
 
 

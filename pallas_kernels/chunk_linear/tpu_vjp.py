@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import decays
 from pallas_kernels.common import Blocks
-from pallas_kernels.products import dot, dot_in_parts, rounded, turned
+from pallas_kernels.products import dot, dot_in_parts, in_step, rounded, turned
 
 
 def kernel(*refs, decaying, scale):
@@ -39,26 +39,33 @@ def kernel(*refs, decaying, scale):
     heads, dtype = q_ref.shape[1], q_ref.dtype
     split = partial(rounded, like=dtype)
     queries, keys, values, douts = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref, do_ref))
-    made, dlogs = [], []
-    for head, decay in enumerate(
-        decays.of_heads([r[...] for r in others[:decaying]], heads, split)
-    ):
+    decayed = decays.of_heads([ref[...] for ref in others[:decaying]], heads, split, dtype)
+
+    def gradients_of(head, decay):
         q, k, v, do = queries[head], keys[head], values[head], douts[head]
         state, dstate = bounds_ref[head], dstate_ref[head]
         low = split(dstate)
-        scores = decay.pairs([q], k, split)
+        scores = yield from decay.pairs([q], k, split)
         dscores = [scale * dot(do, v, 1, 1)]
-        (dq,), dk, crossing = decay.pairs_back([q], k, scores, dscores)
+        yield
+        (dq,), dk, crossing = yield from decay.pairs_back([q], k, scores, dscores)
         answered = scale * dot(scores[0].astype(dtype), do, 0, 0)
         dv = answered + decay.across(k, low, decay.to_end)
+        yield
         dread = scale * decays.times(dot(do, state, 1, 1), decay.since_start)
         dadded = decays.times(dot_in_parts((v,), low, 1, 1), decay.to_end)
+        yield
         asked = scale * decay.into(q, do, decay.since_start)
         dstate_ref[head] = decay.over(dstate) + asked
+        yield
+        dlog = None
         if decaying:
             carried = state * dstate
-            dlogs.append(decay.log_gradient(crossing, q * dread, k * dadded, carried))
-        made.append([x.astype(dtype) for x in (dq + dread, dk + dadded, dv)])
+            dlog = decay.log_gradient(crossing, q * dread, k * dadded, carried)
+        return [x.astype(dtype) for x in (dq + dread, dk + dadded, dv)], dlog
+
+    found = in_step(map(gradients_of, range(heads), decayed))
+    made, dlogs = zip(*found, strict=True)
     if decaying:
         dg_ref[0][...] = decays.stacked(dlogs, like=dtype)
     for ref, arrays in zip((dq_ref, dk_ref, dv_ref), zip(*made, strict=True), strict=True):

@@ -1,16 +1,39 @@
 """What every kernel must satisfy: values and all gradients against its reference in float64."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from memjax.typing import fields
 from pallas_kernels.specs import Spec, held
 
 HALF = "bfloat16"
+
+
+class Case(NamedTuple):
+    op: str
+    spec: Spec
+
+    def __str__(self):
+        return f"{self.op}-{self.spec}"
+
+
+def cases(ops: dict[str, tuple]) -> dict[str, Case]:
+    """By name, the cases of ops, each (the op, its reference, its specs)."""
+    found = [Case(op, spec) for op, (_, _, specs) in ops.items() for spec in specs]
+    return {str(case): case for case in found}
+
+
+def marked(cases: dict[str, Case]) -> list:
+    """The cases as parameters of a test, slow where they are not tagged as fast."""
+    return [
+        pytest.param(case, marks=() if "fast" in case.spec.tags else pytest.mark.slow, id=name)
+        for name, case in cases.items()
+    ]
 
 
 def results(op, spec: Spec, dtype, longer: float = 1.0) -> dict[str, np.ndarray]:

@@ -1,19 +1,20 @@
 """Kernels for Hopper: against their references by the GPU interpreter, which looks for races, and
 as lowered, both on a machine without a GPU."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import kernel_checks
 import numpy as np
 import pytest
-from test_ops import CELLS as ON_TPU
+from kernel_checks import Case
+from test_ops import CELLS
 
 import memjax
 from memjax import cost
@@ -30,8 +31,8 @@ if jax.__version_info__ < common.GPU_JAX:
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels import mosaic_channels as channels
 
-CELLS = {name: cell for name, cell in ON_TPU.items() if name != "kda"}
 OPS = {
     "chunk_linear": (chunk_linear, linear, linear_specs.GPU_SPECS),
     "chunk_delta": (chunk_delta, delta, delta_specs.GPU_SPECS),
@@ -39,16 +40,7 @@ OPS = {
 RACE = plgpu.InterpretGPUParams(detect_races=True)
 
 
-class Case(NamedTuple):
-    op: str
-    spec: Spec
-
-    def __str__(self):
-        return f"{self.op}-{self.spec}"
-
-
-CASES = [Case(op, spec) for op, (_, _, specs) in OPS.items() for spec in specs]
-NAMED = {str(case): case for case in CASES}
+CASES = kernel_checks.cases(OPS)
 
 
 def check(case):
@@ -63,13 +55,7 @@ def check(case):
         kernel_checks.check(op, reference.sequential, plain, case.spec)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if "fast" in case.spec.tags else pytest.mark.slow, id=str(case))
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", kernel_checks.marked(CASES))
 def test_values_and_gradients(case):
     check(case)
 
@@ -78,6 +64,11 @@ SMALL = {
     "chunk_linear": Spec(name="small", T=100, dtype="bfloat16", resets=(40,)),
     "chunk_delta": Spec(name="small", T=200, dtype="bfloat16", resets=(40,), beta=(0.0, 2.0)),
 }
+SMALL_CASES = [
+    Case(op, dataclasses.replace(spec, decay=decay, name=decay))
+    for op, spec in SMALL.items()
+    for decay in ("head", "channel")
+]
 
 
 def sees_later(original):
@@ -88,20 +79,36 @@ def keeps_all(original):
     return lambda x, sums: x
 
 
+def forgets_a_level(original):
+    return lambda bits: original(bits) & (bits != 2)
+
+
+def does_not_decay(original):
+    return lambda x, bits, since=None: original(x, bits, since) * 0 + 1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, mistake", [("lower", sees_later), ("through", keeps_all)])
+@pytest.mark.parametrize(
+    "decay, module, name, mistake",
+    [
+        ("head", mosaic, "lower", sees_later),
+        ("head", mosaic, "through", keeps_all),
+        ("channel", channels, "joins", forgets_a_level),
+        ("channel", channels, "decay", does_not_decay),
+    ],
+)
 @pytest.mark.parametrize("op", OPS)
-def test_the_check_finds_a_planted_mistake(op, name, mistake, monkeypatch):
-    monkeypatch.setattr(mosaic, name, mistake(getattr(mosaic, name)))
+def test_the_check_finds_a_planted_mistake(op, decay, module, name, mistake, monkeypatch):
+    monkeypatch.setattr(module, name, mistake(getattr(module, name)))
     with pytest.raises(AssertionError, match="off, at most"):
-        check(Case(op, SMALL[op]))
+        check(Case(op, dataclasses.replace(SMALL[op], decay=decay)))
 
 
 RACES = """
 import test_gpu
 from jax.experimental.pallas import mosaic_gpu
 mosaic_gpu.{name} = lambda *_, **__: None
-test_gpu.check(test_gpu.Case("{op}", test_gpu.SMALL["{op}"]))
+test_gpu.check(test_gpu.SMALL_CASES[{number}])
 """
 
 
@@ -114,11 +121,11 @@ test_gpu.check(test_gpu.Case("{op}", test_gpu.SMALL["{op}"]))
         ("wait_smem_to_gmem", "copy_smem_to_gmem read-side operations completed before"),
     ],
 )
-@pytest.mark.parametrize("op", OPS)
-def test_a_missing_wait_is_found(op, name, message):
+@pytest.mark.parametrize("number", range(len(SMALL_CASES)), ids=map(str, SMALL_CASES))
+def test_a_missing_wait_is_found(number, name, message):
     """In a process of its own: the interpreter cannot be used again after an error."""
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    code = RACES.format(op=op, name=name)
+    code = RACES.format(number=number, name=name)
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True
     )
@@ -148,11 +155,6 @@ def shape_of(op, arrays, **options):
 def test_a_refusal_has_its_reason(op, changes, options, message):
     with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match=f"{op} .*{message}"):
         shape_of(op, given(op, **changes), **options)
-
-
-def test_a_decay_of_each_channel_is_for_chunk_linear():
-    with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match="each channel"):
-        shape_of("chunk_delta", given("chunk_delta", decay="channel"))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -229,8 +231,11 @@ def test_the_operations_of_a_kernel_are_not_counted(op):
 
 @pytest.mark.slow
 def test_how_often_the_kernels_for_channels_run():
-    found = kernels("chunk_linear", jax.value_and_grad(partial(loss, "chunk_linear")), "channel")
-    assert found == both("chunk_linear") | {"forward_scores": 1}
+    found = {op: kernels(op, jax.value_and_grad(partial(loss, op)), "channel") for op in OPS}
+    assert found["chunk_linear"] == both("chunk_linear") | {"forward_scores": 1}
+    wanted = both("chunk_delta") | {"forward_weights": 1}
+    del wanted["forward_inverses"]
+    assert found["chunk_delta"] == wanted
 
 
 @pytest.mark.slow

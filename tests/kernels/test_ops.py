@@ -4,7 +4,6 @@ import dataclasses
 import re
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import contract
 import jax
@@ -51,16 +50,7 @@ def race():
     )
 
 
-class Case(NamedTuple):
-    op: str
-    spec: Spec
-
-    def __str__(self):
-        return f"{self.op}-{self.spec}"
-
-
-CASES = [Case(op, spec) for op, (_, _, specs) in OPS.items() for spec in specs]
-NAMED = {str(case): case for case in CASES}
+CASES = kernel_checks.cases(OPS)
 
 
 def check(case, how=True):
@@ -75,19 +65,13 @@ def check(case, how=True):
         )
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if "fast" in case.spec.tags else pytest.mark.slow, id=str(case))
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", kernel_checks.marked(CASES))
 def test_values_and_gradients(case):
     check(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in CASES if "race" in c.spec.tags], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES.values() if "race" in c.spec.tags], ids=str)
 def test_no_races_and_no_uninitialised_memory(case):
     check(case, race())
 
@@ -101,13 +85,13 @@ def test_a_walk_in_parallel_is_found(module, monkeypatch):
     monkeypatch.setattr(module, "pltpu", fake)
     op = module.__name__.split(".")[1]
     with pytest.raises(Exception, match="RACE DETECTED|not finite|off, at most"):
-        check(NAMED[f"{op}-resets"], race())
+        check(CASES[f"{op}-resets"], race())
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["no_decay_resets", "gate_mixed", "channel_resets"])
 def test_the_chunked_reference_is_the_token_loop(op, name):
-    spec, reference = NAMED[f"{op}-{name}"].spec, OPS[op][1]
+    spec, reference = CASES[f"{op}-{name}"].spec, OPS[op][1]
     with contract.x64(True):
         wanted = kernel_checks.results(reference.sequential, spec, jnp.float64)
         found = kernel_checks.results(partial(reference.chunked, chunk=16), spec, jnp.float64)
@@ -124,8 +108,13 @@ def keeps_all(decay):
 
 
 def forgets_a_level(decay):
-    first, _, *others = decay.levels
-    return dataclasses.replace(decay, levels=[first, jnp.ones_like(first), *others])
+    *others, last = decay.levels
+    return dataclasses.replace(decay, levels=[*others, jnp.ones_like(last)])
+
+
+def forgets_the_middle(decay):
+    up, down = decay.near
+    return dataclasses.replace(decay, near=(up, jnp.ones_like(down)))
 
 
 @pytest.mark.slow
@@ -136,6 +125,7 @@ def forgets_a_level(decay):
         ("resets", keeps_all),
         ("channel", keeps_all),
         ("channel", forgets_a_level),
+        ("channel", forgets_the_middle),
     ],
 )
 @pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
@@ -147,7 +137,7 @@ def test_the_check_finds_a_planted_mistake(module, name, mistake, monkeypatch):
     monkeypatch.setattr(module, "decays", fake)
     op = module.__name__.split(".")[1]
     with pytest.raises(AssertionError, match="off, at most"):
-        check(NAMED[f"{op}-{name}"])
+        check(CASES[f"{op}-{name}"])
 
 
 # ---------------------------------------------------------------- refusals
