@@ -7,7 +7,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from memjax import results
-from memjax.sweep import Sweep, chosen
+from memjax.sweep import chosen
+from memjax.trials import Sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"

@@ -15,13 +15,13 @@ import pytest
 import tiny_runs as runs
 from matplotlib.figure import Figure
 
-from memjax import config, results, sweep
+from memjax import config, results, sweep, trials
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "mqar.py")
 FILE = """
 from matplotlib.figure import Figure
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 def trials():
     return [
@@ -70,7 +70,8 @@ if "rwkv4-1" in workdir and not os.path.exists("mended"):
     sys.exit(1)
 time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
 os.makedirs(workdir, exist_ok=True)
-summary = {"finished": True, "seed": 1, "query_accuracy": len(workdir) % 7 / 10, "ignored": 3}
+summary = {"finished": True, "seed": 1, "seconds": 2.0, "ignored": 3}
+summary["query_accuracy"] = len(workdir) % 7 / 10
 json.dump(summary, open(os.path.join(workdir, "summary.json"), "w"))
 """
 
@@ -84,7 +85,7 @@ def file(tmp_path, monkeypatch):
     (folder / "README.md").write_text(README)
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(
-        sweep.Trial, "command", lambda self, at: [sys.executable, f"{tmp_path}/fake.py", at]
+        trials.Trial, "command", lambda self, at: [sys.executable, f"{tmp_path}/fake.py", at]
     )
     monkeypatch.chdir(tmp_path)
     return folder / "sweep.py"
@@ -118,7 +119,7 @@ def test_trains_what_is_missing_and_names_what_fails(file, command):
         ("delta_net", 0), ("delta_net", 1), ("rwkv4", 0),
     ]  # fmt: skip
     for row in rows:
-        assert row["changes"] == {"batch": 4} and "ignored" not in row and row["wall"] >= 0
+        assert row["changes"] == {"batch": 4} and "ignored" not in row
         assert row["config"].endswith(f"mqar.py:{row['cell']},seed={row['seed']}")
     text = (file.parent / "README.md").read_text()
     assert "old" not in text and text.startswith("# Which?") and text.endswith("That one.\n")
@@ -220,7 +221,7 @@ def test_rows_of_no_trial_stay(file, command):
     command(f"--sweep={file}", "--only=cell=delta_net")
     assert [row["seed"] for row in rows_of(file)] == [1, 2, 0]
     assert rows_of(file)[0] == kept and rows_of(file)[2] == lost
-    assert len(sweep.Sweep(str(file)).shown()) == 2
+    assert len(trials.Sweep(str(file)).shown()) == 2
     assert command(f"--sweep={file}", "--rehash")[0] == 0
     assert rows_of(file)[2] == lost
 
@@ -229,7 +230,7 @@ def test_rows_are_written_one_after_another(file, monkeypatch):
     """Of sweeps that read and write at once none loses another one's row."""
     read = results.read
     monkeypatch.setattr(results, "read", lambda path: time.sleep(0.02) or read(path))
-    sweeps = [sweep.Sweep(str(file)) for _ in range(4)]
+    sweeps = [trials.Sweep(str(file)) for _ in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         futures = [
             pool.submit(each.add, trial, dict(trial.labels))
@@ -244,7 +245,7 @@ def test_figures_are_the_sweeps_own(file, command, monkeypatch):
     """What `memjax.evaluate` wrote into the run's folder is of whatever it was asked for."""
     monkeypatch.setattr(sweep.evaluate, "evaluate", lambda workdir: {"whole": True})
     file.write_text(file.read_text() + "\ndef keep(found):\n    return found\n")
-    trial = sweep.Sweep(str(file)).trials[0]
+    trial = trials.Sweep(str(file)).trials[0]
     workdir = file.parent.parent / "runs" / "experiment" / f"{trial.name}-{trial.hash}"
     workdir.mkdir(parents=True)
     (workdir / "evaluation.json").write_text('{"whole": false}')
@@ -254,18 +255,18 @@ def test_figures_are_the_sweeps_own(file, command, monkeypatch):
 
 def test_hash_knows_what_a_result_depends_on():
     def of(**changes):
-        return sweep.Trial({}, "configs/mqar.py:delta_net", changes).hash
+        return trials.Trial({}, "configs/mqar.py:delta_net", changes).hash
 
     assert of() == of(**{"log.every": 7}) == of(**{"checkpoint.every": 7})
     assert len({of(), of(**{"optim.lr": 0.5}), of(**{"data.pairs": 4}), of(seed=1)}) == 4
-    begin = sweep.Trial({}, CONFIG)
+    begin = trials.Trial({}, CONFIG)
     others = [
         {},
         {"init_from": begin},
         {"init_from": dataclasses.replace(begin, changes={"steps": 1})},
         {"evaluations": [{"length": 128}]},
     ]
-    assert len({sweep.Trial({}, CONFIG, {}, **other).hash for other in others}) == len(others)
+    assert len({trials.Trial({}, CONFIG, {}, **other).hash for other in others}) == len(others)
 
 
 def test_show_trains_nothing(file, command):
@@ -287,8 +288,8 @@ def test_dry_run(file, command, monkeypatch):
 
 
 BEGIN = (
-    "import sys; from absl import app; from memjax import config, sweep; "
-    "sweep.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
+    "import sys; from absl import app; from memjax import config, sweep, trials; "
+    "trials.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
     "sweep.define_flags(); "
     "app.run(sweep.main, flags_parser=lambda a: config.parse_flags(a, config=False))"
 )
@@ -340,13 +341,13 @@ def test_one_run_in_a_folder(file, command, kill):
 
 def test_values_with_commas():
     models = ("delta_net, beta <= 1", "delta_net, beta <= 2", "delta_net")
-    trials = [sweep.Trial({"model": m, "seed": s}, CONFIG) for m in models for s in (0, 1)]
-    for trial in trials:
+    made = [trials.Trial({"model": m, "seed": s}, CONFIG) for m in models for s in (0, 1)]
+    for trial in made:
         only = ",".join(f"{label}={value}" for label, value in trial.labels.items())
-        assert sweep.chosen(trials, only) == [trial]
-    assert sweep.chosen(trials, "seed=1,model=delta_net, beta <= 2") == [trials[3]]
+        assert sweep.chosen(made, only) == [trial]
+    assert sweep.chosen(made, "seed=1,model=delta_net, beta <= 2") == [made[3]]
     with pytest.raises(config.UserError, match="allowed are delta_net, 'delta_net, beta <= 1', "):
-        sweep.chosen(trials, "model=delta_net, beta <= 3,seed=0")
+        sweep.chosen(made, "model=delta_net, beta <= 3,seed=0")
 
 
 @pytest.mark.parametrize(
@@ -396,10 +397,22 @@ def test_points():
 
 def test_spread():
     rows = [{"cell": "a", "x": 0.5}, {"cell": "a", "x": 0.7}, {"cell": "b", "x": 1.0}]
-    assert results.spread(results.select(rows, cell="a"), "x") == "0.600 (0.141)"
-    assert results.spread(results.select(rows, cell="b"), "x") == "1.000 (nan)"
+    assert results.spread(results.select(rows, cell="a"), "x") == "0.600 (0.141), two seeds"
+    assert results.spread([*rows, *rows], "x", 1) == "0.7 (0.2)"
+    assert results.spread(results.select(rows, cell="b"), "x") == "1.000, one seed"
     assert results.spread([], "x") == "-" and results.labels(rows, "cell") == ["a", "b"]
     assert results.mean(rows, "x") == pytest.approx(2.2 / 3)
+
+
+def test_an_error_of_one_trial_is_not_that_of_the_others(file, command, monkeypatch):
+    text = file.read_text() + "\ndef keep(found):\n    return {'kept': 1 / found['seed']}\n"
+    file.write_text(text)
+    monkeypatch.setattr(sweep, "_evaluated", lambda at, _: {"seed": int("-1-" in at)})
+    code, _, err = command(f"--sweep={file}", "--only=cell=delta_net")
+    assert code == 1 and "failed: delta_net-0;" in err
+    assert [row["kept"] for row in rows_of(file)] == [1.0]
+    (log,) = (file.parent.parent / "runs" / "experiment").glob("delta_net-0-*.log")
+    assert "ZeroDivisionError" in log.read_text()
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ Joint recall with five contexts, five keys and eight values (HAX, arXiv 2507.004
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
 from memjax.tasks.joint_recall import counted
+from memjax.trials import Trial
 
 CELLS = (
     "attention", "sliding_window", "linear_attention", "mamba2", "delta_net", "gated_delta_net",

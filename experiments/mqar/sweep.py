@@ -9,7 +9,7 @@ rates with three seeds. Every figure is that of the last step.
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 CELLS = ("attention", "linear_attention", "gla", "mamba2", "delta_net", "gated_delta_net")
 DIMS = (32, 64)

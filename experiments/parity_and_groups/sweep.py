@@ -11,7 +11,7 @@ import math
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 SEEDS = (0, 1, 2)
 DELTAS = {

@@ -11,7 +11,7 @@ import functools
 from matplotlib.figure import Figure
 
 from memjax import results, tasks
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 WINDOWS = (8, 12, 16, 24, 32, 64)
 SEEDS = (0, 1, 2)
