@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from memjax.axes import RULES
 from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree, Shaped
 
 # Products that touch states and decays; jax's default is narrower on accelerators.
@@ -110,8 +111,9 @@ def per_device(form: Callable) -> Callable:
     itself, such as a kernel. Takes and returns whole batches, as the forms of a cell do.
 
     The mesh is the one in force (`jax.set_mesh`), or else the one that the arrays lie on. Each of
-    its axes splits the rows where their number divides, or else the heads; an explicit axis that
-    the heads lie on splits those first. Over an axis that divides neither all devices do the same.
+    its axes splits the rows where their number divides, or else the heads; `tensor`, and an
+    explicit axis that the heads lie on, split the heads first. Over an axis that divides neither
+    all devices do the same.
     Inside `jax.shard_map` nothing is left to split.
     """
 
@@ -171,9 +173,12 @@ def _shares(mesh: AbstractMesh, names: list[str], given: PyTree) -> list[tuple[s
         if leaf.ndim > axis
     }
     lying = {name for leaf in xs for name in jax.tree.leaves(jax.typeof(leaf).sharding.spec[2])}
+    lying |= set(RULES["heads"])
     sizes = {0: {xs[0].shape[0]}, 2: counts - {1}}  # by axis of xs
     chosen: dict[int, list[str]] = {0: [], 2: []}
     for name in names:
+        if mesh.shape[name] == 1:
+            continue
         first = 2 if name in lying else 0
         for axis in (first, 2 - first):
             parts = math.prod(mesh.shape[n] for n in (*chosen[axis], name))
