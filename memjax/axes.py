@@ -1,4 +1,4 @@
-"""The axes of a mesh, the logical names of arrays' axes, and which of the first split the second."""
+"""Axes of a mesh, logical names of the axes of arrays, and which of the former split the latter."""
 
 import math
 from collections.abc import Mapping, Sequence
