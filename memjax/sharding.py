@@ -15,12 +15,12 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from memjax.axes import AXES, RULES, partition
+from memjax.axes import MESH_AXES, RULES, partition
 from memjax.errors import UserError, did_you_mean
 
 
 def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes of `AXES`, automatic on every version of JAX.
+    """A mesh with the axes of `MESH_AXES`, automatic on every version of JAX.
 
     Args:
       sizes: axis name -> number of devices; an axis left out has 1; one may be -1: all the rest.
@@ -34,14 +34,14 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
     sizes, count = dict(sizes), len(devices)
     shown = "config.mesh=dict(" + ", ".join(f"{k}={v}" for k, v in sizes.items()) + ")"
     for name, size in sizes.items():
-        if name not in AXES:
+        if name not in MESH_AXES:
             raise UserError(
-                f"{shown}: no mesh axis {name!r}; axes: {', '.join(AXES)}."
-                f"{did_you_mean(name, AXES)}"
+                f"{shown}: no mesh axis {name!r}; axes: {', '.join(MESH_AXES)}."
+                f"{did_you_mean(name, MESH_AXES)}"
             )
         if size < 1 and size != -1:
             raise UserError(f"{shown}: {name} must be at least 1, or -1 for all other devices.")
-    shape = [sizes.get(name, 1) for name in AXES]
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
     if shape.count(-1) > 1:
         raise UserError(f"{shown}: only one axis can be -1.")
     fixed = math.prod(s for s in shape if s != -1)
@@ -55,14 +55,14 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
             )
         )
     shape = [count // fixed if s == -1 else s for s in shape]
-    if shape[AXES.index("context")] > 1:
+    if shape[MESH_AXES.index("context")] > 1:
         raise UserError(
             f"{shown}: context must be 1, as splitting a sequence over devices is not there yet; "
             "split rows (data, fsdp) or heads (tensor) instead, and for long rows set "
             "config.model.remat=full or a larger config.accumulate."
         )
     return jax.make_mesh(
-        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import memjax
 from memjax import train
-from memjax.axes import AXES, RULES, constrain, partition
+from memjax.axes import MESH_AXES, RULES, constrain, partition
 
 STEPS = """
 import json, sys
@@ -149,7 +149,7 @@ def test_eight_devices_train_as_one_does(tmp_path, alone, mesh):
 
 
 def planned(*shape: int) -> AbstractMesh:
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def lowered(function, mesh, *shapes):
@@ -174,7 +174,7 @@ def test_partition(names, shape, wanted):
 
 
 def test_every_rule_names_axes_of_the_mesh():
-    assert {axis for axes in RULES.values() for axis in axes} == set(AXES)
+    assert {axis for axes in RULES.values() for axis in axes} == set(MESH_AXES)
 
 
 def test_activations_are_constrained():
