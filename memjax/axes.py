@@ -1,5 +1,5 @@
-"""Axes of a mesh, logical names of the axes of arrays, and which of the former split the latter;
-how computations are told."""
+"""Axes of a mesh, logical names of the axes of arrays, and which of the former split the latter:
+the rules, and how a computation follows them."""
 
 import functools
 import math
@@ -50,14 +50,14 @@ def partition(
 def constrain(x: Array, *names: str | None) -> Array:
     """x, which the compiler is told to split as `partition` says.
 
-    The mesh is the one that x lies on. Nothing is done where there is none or one of one device,
-    where the caller has split the work itself (`jax.shard_map`) or wants types to say how arrays
+    The mesh is the one that x lies on. Nothing is done where it has one device or other axes than
+    MESH_AXES, where the caller has split the work (`jax.shard_map`) or types say how arrays
     lie (explicit axes), and to arrays that are computed already.
     """
-    if not isinstance(x, jax.core.Tracer):
-        return x
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if not isinstance(x, jax.core.Tracer) or mesh.axis_names != MESH_AXES or mesh.size == 1:
+        return x
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(names, x.shape, mesh)))
 
@@ -69,8 +69,7 @@ def per_device(form: Callable) -> Callable:
     The mesh is the one in force (`jax.set_mesh`), or else the one that the arrays lie on. Each of
     its axes splits the rows where their number divides, or else the heads; `tensor`, and an
     explicit axis that the heads lie on, split the heads first. Over an axis that divides neither
-    all devices do the same.
-    Inside `jax.shard_map` nothing is left to split.
+    all devices do the same. Inside `jax.shard_map` nothing is left to split.
     """
 
     @functools.wraps(form)

@@ -28,7 +28,7 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
 
     Raises:
       UserError: an unknown axis, an impossible size, sizes that do not use all devices, or a
-        context axis, which nothing is split over yet.
+        context axis other than 1, which nothing is split over yet.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = dict(sizes), len(devices)
@@ -41,6 +41,12 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
             )
         if size < 1 and size != -1:
             raise UserError(f"{shown}: {name} must be at least 1, or -1 for all other devices.")
+        if name == "context" and size != 1:
+            raise UserError(
+                f"{shown}: context must be 1, as splitting a sequence over devices is not there "
+                "yet; split rows (data, fsdp) or heads (tensor), and for long rows set "
+                "config.model.remat=full or a larger config.accumulate."
+            )
     shape = [sizes.get(name, 1) for name in MESH_AXES]
     if shape.count(-1) > 1:
         raise UserError(f"{shown}: only one axis can be -1.")
@@ -55,12 +61,6 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
             )
         )
     shape = [count // fixed if s == -1 else s for s in shape]
-    if shape[MESH_AXES.index("context")] > 1:
-        raise UserError(
-            f"{shown}: context must be 1, as splitting a sequence over devices is not there yet; "
-            "split rows (data, fsdp) or heads (tensor) instead, and for long rows set "
-            "config.model.remat=full or a larger config.accumulate."
-        )
     return jax.make_mesh(
         tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )

@@ -183,8 +183,10 @@ def test_activations_are_constrained():
 
     text = lowered(heads, planned(2, 2, 1, 1, 2), (8, 3, 4, 5))
     assert '<@mesh, [{"replica", "data"}, {}, {"tensor"}, {}]>' in text
-    explicit = AbstractMesh((2,), ("tensor",), axis_types=(AxisType.Explicit,))
-    assert "sharding_constraint" not in lowered(heads, explicit, (8, 3, 4, 5))
+    explicit = AbstractMesh((2,) * 5, MESH_AXES, axis_types=(AxisType.Explicit,) * 5)
+    others = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    for mesh in (planned(1, 1, 1, 1, 1), explicit, others):
+        assert "sharding_constraint" not in lowered(heads, mesh, (8, 3, 4, 5))
     x = jnp.ones((8, 3, 4, 5))
     assert heads(x) is x
 

@@ -36,9 +36,6 @@ assert sizes(replica=2, fsdp=-1, tensor=2) == (2, 1, 2, 1, 2)
 assert sizes(jax.devices()[:2], data=2) == (1, 2, 1, 1, 1)
 refused(dict(data=3, fsdp=-1), 'config.mesh=dict(data=3, fsdp=-1): the fixed sizes make 3, there '
         'are 8 devices; choose sizes that divide 8.')
-refused(dict(fsdp=4, context=-1), 'config.mesh=dict(fsdp=4, context=-1): context must be 1, as '
-        'splitting a sequence over devices is not there yet; split rows (data, fsdp) or heads '
-        '(tensor) instead')
 refused(dict(data=2, fsdp=2), 'choose sizes whose product is 8, or set one to -1.')
 
 mesh = sharding.mesh(dict(data=2, fsdp=4))
@@ -144,6 +141,10 @@ def test_one_device():
             "config.mesh=dict(fdsp=2): no mesh axis 'fdsp'; axes: replica, data, fsdp, context, t",
         ),
         (dict(data=0), "config.mesh=dict(data=0): data must be at least 1, or -1 for all other"),
+        (
+            dict(context=2),
+            "config.mesh=dict(context=2): context must be 1, as splitting a sequence over devices",
+        ),
         (dict(data=-1, fsdp=-1), "config.mesh=dict(data=-1, fsdp=-1): only one axis can be -1."),
     ],
 )
