@@ -4,13 +4,16 @@
     python -m memjax.train --workdir=runs/lm_hybrid \\
         --config='configs/lm_stdlib.py:hybrid(sliding_window, gated_delta_net)'
 
-Two layers of width 64 at the mixer's default options, windows of 64 bytes, 500 steps of 4 x 256
-bytes; a minute on a CPU core for most. The MLPs are as wide as it takes for the whole model to have
-the `parameters` asked for, to the next multiple of 8. experiments/lm_stdlib has all memories.
+Two layers of width 64 at the mixer's default options, windows and segments of 64 bytes, 500 steps
+of 4 x 256 bytes; a minute on a CPU core for most. The MLPs are as wide as it takes for the whole
+model to have the `parameters` asked for, to the nearest multiple of 8 channels.
+experiments/lm_stdlib has all memories.
 """
 
 from memjax import defaults
 from memjax.config import parse_arg
+
+SPAN = 64  # bytes of a window or a segment; rows have 256
 
 
 def get_config(arg=None):
@@ -30,8 +33,9 @@ def get_config(arg=None):
         dim=arg.dim,
         std=arg.dim**-0.5,
     )
-    if "sliding_window" in config.model.mixers:
-        config.model.mixers.sliding_window.window = 64
+    for name, mixer in config.model.mixers.items():
+        for option in {"window", "segment"} & set(mixer) if name != "attention" else ():
+            mixer[option] = SPAN  # by default those of bmojo and memory_caching hold a whole row
     config.model.mlp = defaults.mlp(config.model, arg.parameters)
     config.batch = 4
     config.eval.sample = 0  # takes longer to compile than most of these models to train

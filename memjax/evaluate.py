@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from memjax import config, data, generate, metrics, train_step
+from memjax import config, data, generate, metrics, tasks, train_step
 from memjax.nn.lm import LanguageModel, capacity
 from memjax.typing import PyTree
 
@@ -270,8 +270,9 @@ def draw(found: Mapping[str, Any], path: str, title: str) -> None:
 def evaluate(workdir: str, step: int | None = None, length: int = 0, rows: int = 0) -> dict:
     """The figures of a run's checkpoint, by default its latest, on its own held-out data.
 
-    length: tokens of a row; 0 for that of training. A batch has so many rows that it has no more
-    tokens than one of training, at least one. rows: 0 for all; otherwise about so many (a whole
+    length: tokens of a row, and of the largest expression where rows have one; 0 for that of
+    training. A batch has so many rows that it has no more tokens than one of training, at least
+    one. rows: 0 for all; otherwise about so many (a whole
     number of batches) rows of text, spread evenly and without figures by file, or the first so many
     examples of a task.
 
@@ -286,9 +287,7 @@ def evaluate(workdir: str, step: int | None = None, length: int = 0, rows: int =
     if limit is not None and length > limit:
         raise config.UserError(f"--length={length}: the model's attention holds {limit} tokens")
     if length:
-        settings["length"] = length
-        if "test" in settings:
-            settings["test"] = {**settings["test"], "length": length}
+        settings = lengthened(settings, length, task)
         batch = min(batch, max(1, batch * meta["data"]["length"] // length))
     if rows and task:
         settings["eval_examples"] = rows
@@ -310,6 +309,23 @@ def evaluate(workdir: str, step: int | None = None, length: int = 0, rows: int =
         names, sizes = () if some else source.heldout, [*map(len, source.tokeniser.pieces)]
         found = of_text(scored, names, np.array(sizes))
     return {"workdir": workdir, "step": step, "length": source.evaluation_length, **found}
+
+
+def lengthened(settings: Mapping[str, Any], length: int, task: bool) -> dict[str, Any]:
+    """A run's settings of its data, with rows of so many tokens in evaluation; expressions grow
+    with their rows.
+
+    Raises UserError for a mixture, whose rows have the lengths of its cells.
+    """
+    known = tasks.settings(settings["name"]) if task else {"length"}
+    longer = {name: length for name in ("length", "max_size") if name in known}
+    if not longer:
+        raise config.UserError(
+            f"--length={length}: a {settings['name']} has the lengths of its cells; leave it out"
+        )
+    if task:
+        return {**settings, "test": {**settings.get("test", {}), **longer}}
+    return {**settings, **longer}
 
 
 def define_flags() -> None:

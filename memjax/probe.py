@@ -214,7 +214,7 @@ def define_flags() -> None:
     for name, text in (
         ("dim", "key and value dimension of a memory"),
         ("seeds", "lists of pairs"),
-        ("pairs", "of the longest list"),
+        ("pairs", "of the longest list: 64, 128, 256, .."),
     ):
         flags.DEFINE_integer(name, getattr(study, name), text, lower_bound=2)
     flags.DEFINE_float("keep", study.keep, "factor per write of cells that fade", 0.0, 1.0)
@@ -238,7 +238,7 @@ def chosen(given: flags.FlagValues, rest: Sequence[str]) -> tuple[list[str], rec
         names = [cells.get(name).name for name in given.cells if name != "all"]
     if "all" in given.cells:
         names = cells.names()
-    with config.user_errors(f"--pairs={given.pairs}"):
+    with config.user_errors("untrained"):
         settings = ("dim", "seeds", "pairs", "keep", "strength")
         return names, recall.Study(**{name: getattr(given, name) for name in settings})
 

@@ -48,13 +48,16 @@ def mean(rows: Iterable[Row], name: str) -> float:
 
 
 def spread(rows: Sequence[Row], name: str, digits: int = 3) -> str:
-    """'mean (standard deviation)' of a figure over rows, '-' for no row; the deviation of a single
-    one is 'nan'."""
+    """'mean (standard deviation)' of a figure over rows, and how many they are if fewer than three;
+    '-' for no row."""
     if not rows:
         return "-"
     values = [row[name] for row in rows]
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f} ({deviation:.{digits}f})"
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return f"{text}, one seed"
+    text += f" ({statistics.stdev(values):.{digits}f})"
+    return text if len(values) > 2 else f"{text}, two seeds"
 
 
 def draw_points(axes: Any, groups: Mapping[str, Sequence[Row]], figure: str) -> None:

@@ -14,168 +14,42 @@ A sweep file is Python and defines
 A trial is one run of `python -m memjax.train` in runs/<folder>/. Rows of results.jsonl, beside the
 sweep file, have the trial's labels, its config and a hash of all its settings, and what the run
 measured at its last step. A trial whose row is there with the same hash is not trained again, and
-one that was interrupted continues; `--again` ignores the rows. One that fails is named and left
-out. `--show` trains nothing and writes the tables and the picture from the rows; `--rehash` gives
-the rows the hashes of today's settings, for a change of settings that changes no result.
+one that was interrupted continues; `--again` makes the rows anew, from the finished runs that are
+in runs/. One that fails is named and left out. Rows of no trial stay in the file and are not shown.
+`--show` trains nothing and writes the tables and the picture from the rows; `--rehash` gives the
+rows the hashes of today's settings, for a change of settings that changes no result. Sweeps may run
+at once: one waits for the end of a run that another one makes, or that a killed one left behind.
 
 In place of trials, a file may have PARTS, the names of other experiments. They are run and shown
 first; then tables and draw are given the rows of all of them, each with its "experiment".
 """
 
 import concurrent.futures
-import dataclasses
 import functools
-import hashlib
-import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 from memjax import config, evaluate, metrics, progress, results
-from memjax.train import MAY_CHANGE, UNFINISHED
+from memjax.train import UNFINISHED
+from memjax.trials import Sweep, Trial, lock
 
 # What a row keeps of a run's summary.json.
 KEPT = (
     "steps", "seed", "query_accuracy", "sequence_accuracy", "scaled_accuracy", "bits_per_byte",
     "loss", "seconds", "tokens_per_second", "parameters", "state_bytes", "versions",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run.
-
-    Attributes:
-      labels: what tells it from the others, such as {"cell": "delta_net", "seed": 0}; the first
-        columns of its row.
-      config: of `--config`, such as "configs/mqar.py:delta_net,seed=0".
-      changes: dotted path -> value of settings that differ from it, such as {"optim.lr": 1e-3}.
-      init_from: a trial, trained first, whose last parameters this one starts with.
-      evaluations: arguments of `memjax.evaluate.evaluate`, such as {"length": 2048}, for each time
-        that `keep` is to be given figures; () for once, as in training.
-    """
-
-    labels: Mapping[str, Any]
-    config: str
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    init_from: "Trial | None" = None
-    evaluations: Sequence[Mapping[str, int]] = ()
-
-    @property
-    def name(self) -> str:
-        """The labels' values as one word."""
-        words = "-".join(str(value) for value in self.labels.values())
-        return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in words)
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Of all settings that a result depends on."""
-        settings = config.load(self.config, self.changes)
-        kept = ConfigDict({k: v for k, v in settings.items() if k not in MAY_CHANGE})
-        known = config.flatten(config.plain(kept))
-        if self.init_from:
-            known["init_from"] = self.init_from.hash
-        if self.evaluations:
-            known["evaluations"] = [dict(arguments) for arguments in self.evaluations]
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
-
-    def described(self) -> results.Row:
-        """What its row says of the run's settings."""
-        start = {"init_from": self.init_from.described()} if self.init_from else {}
-        return {"config": self.config, "changes": dict(self.changes), **start, "hash": self.hash}
-
-    def command(self, workdir: str) -> list[str]:
-        """The command that trains it."""
-        changes = [f"--config.{path}={value}" for path, value in self.changes.items()]
-        program = [sys.executable, "-m", "memjax.train", f"--workdir={workdir}"]
-        return [*program, f"--config={self.config}", *changes]
-
-
-class Sweep:
-    """A sweep file, its folder and its results.
-
-    parts: the sweeps of its PARTS.
-
-    Raises UserError for a file that is missing, is no sweep, or has trials with the same labels.
-    """
-
-    def __init__(self, path: str):
-        if not os.path.isfile(path):
-            raise config.UserError(f"--sweep={path}: no such file; give the path of a sweep.py")
-        self.folder = os.path.dirname(os.path.abspath(path))
-        self.name = os.path.basename(self.folder)
-        self.results = os.path.join(self.folder, "results.jsonl")
-        spec = importlib.util.spec_from_file_location(f"memjax_sweep_{self.name}", path)
-        assert spec is not None and spec.loader is not None
-        self.module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.module)
-        parts = getattr(self.module, "PARTS", ())
-        for function in ("tables", "draw") if parts else ("trials", "tables", "draw"):
-            if not callable(getattr(self.module, function, None)):
-                raise config.UserError(f"--sweep={path}: the file defines no function {function}")
-        beside = os.path.dirname(self.folder)
-        self.parts = [Sweep(os.path.join(beside, part, "sweep.py")) for part in parts]
-        self.trials: list[Trial] = [] if parts else self.module.trials()
-        names = [trial.name for trial in self.trials]
-        for name in names:
-            if names.count(name) > 1:
-                raise config.UserError(f"--sweep={path}: two trials have the labels {name}")
-
-    def sweeps(self) -> list["Sweep"]:
-        """Its parts, and theirs, and itself."""
-        return [*(each for part in self.parts for each in part.sweeps()), self]
-
-    def rows(self) -> dict[str, results.Row]:
-        """The rows of results.jsonl by the name of the trial, in the order of the trials; rows of
-        no trial are left out."""
-        rows = results.read(self.results)
-        found = {trial.name: results.select(rows, **trial.labels)[:1] for trial in self.trials}
-        return {name: row for name, group in found.items() for row in group}
-
-    def shown(self) -> list[results.Row]:
-        """The rows of which tables and picture are made."""
-        parts = [{"experiment": part.name, **row} for part in self.parts for row in part.shown()]
-        return [*parts, *self.rows().values()]
-
-    def tables(self) -> dict[str, results.Table]:
-        """The tables of its README.md."""
-        return self.module.tables(self.shown())
-
-    def waiting(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Those of `trials` that have no row, or one of other settings."""
-        rows = self.rows()
-        return [t for t in trials if rows.get(t.name, {}).get("hash") != t.hash]
-
-    def add(self, trial: Trial, row: results.Row) -> None:
-        """Writes a trial's row, in the place of the one that it had."""
-        rows = {**self.rows(), trial.name: row}
-        results.write(self.results, (rows[t.name] for t in self.trials if t.name in rows))
-
-    def rehash(self) -> None:
-        """Gives every row its trial's settings and hash as they are today."""
-        rows = self.rows()
-        made = [{**rows[t.name], **t.described()} for t in self.trials if t.name in rows]
-        if made:
-            results.write(self.results, made)
-
-    def show(self) -> None:
-        """Writes the tables into the README.md and draws the picture."""
-        if not self.shown():
-            raise config.UserError(f"{self.results} has no row; run the sweep without --show first")
-        results.write_tables(os.path.join(self.folder, "README.md"), self.tables())
-        figure = self.module.draw(self.shown())
-        figure.savefig(os.path.join(self.folder, f"{self.name}.png"))
-
 
 # ---------------------------------------------------------------- running
 
@@ -236,17 +110,20 @@ class Runner:
 
     def _one(self, trial: Trial) -> results.Row | None:
         """The row of one trial; None when it fails."""
-        began = time.monotonic()
         summary = self._trained(trial)
         if summary is None:
             return None
         row = trial.described() | {name: summary[name] for name in KEPT if name in summary}
         if hasattr(self.sweep.module, "keep"):
             workdir = self.workdir(trial)
-            row |= self.sweep.module.keep(
-                *(_evaluated(workdir, arguments) for arguments in trial.evaluations or ({},))
-            )
-        row["wall"] = round(time.monotonic() - began, 1)
+            try:
+                row |= self.sweep.module.keep(
+                    *(_evaluated(workdir, arguments) for arguments in trial.evaluations or ({},))
+                )
+            except Exception:  # this trial's, and not that of the others
+                with open(f"{workdir}.log", "a", encoding="utf-8") as log:
+                    traceback.print_exc(file=log)
+                return None
         return {**trial.labels, **row, **trial.labels}
 
     def _trained(self, trial: Trial) -> dict[str, Any] | None:
@@ -270,6 +147,9 @@ class Runner:
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {one_core}".strip()
         os.makedirs(os.path.dirname(log), exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
+            self._wait(file)
+            if _finished(os.path.join(self.workdir(trial), "summary.json")):
+                return 0
             with self.lock:
                 if self.stopped:
                     return UNFINISHED
@@ -286,6 +166,16 @@ class Runner:
                 self.running.discard(process)
         return code
 
+    def _wait(self, log: TextIO) -> None:
+        """Waits for the end of another sweep's run with this log, as long as this one goes on. The
+        lock is also the run's, whose output the log is, so that it outlives a sweep's kill."""
+        told = False
+        while not (self.stopped or lock(log, wait=False)):
+            if not told:
+                print(f"{log.name}: waiting for a run that another sweep began", flush=True)
+            told = True
+            time.sleep(0.2)
+
 
 def _finished(path: str) -> dict[str, Any] | None:
     """The summary of a finished run."""
@@ -297,9 +187,10 @@ def _finished(path: str) -> dict[str, Any] | None:
 
 
 def _evaluated(workdir: str, arguments: Mapping[str, int]) -> dict[str, Any]:
-    """The figures of a finished run by `evaluate` with these arguments, made once."""
+    """The figures of a finished run by `evaluate` with these arguments, made once; not those that
+    the command left there, which may be of a few rows or another step."""
     words = "".join(f"-{name}-{value}" for name, value in arguments.items())
-    path = os.path.join(workdir, f"evaluation{words}.json")
+    path = os.path.join(workdir, f"sweep{words}.json")
     if not os.path.exists(path):
         metrics.write_json(path, evaluate.evaluate(workdir, **arguments))
     with open(path, encoding="utf-8") as file:
@@ -310,25 +201,28 @@ def _told(row: results.Row | None) -> str:
     if row is None:
         return "failed, see its .log"
     figure = next(k for k in ("query_accuracy", "bits_per_byte", "loss") if k in row)
-    return f"{figure.replace('_', ' ')} {row[figure]:.4f} in {row['wall']:.0f} s"
+    return f"{figure.replace('_', ' ')} {row[figure]:.4f} in {row['seconds']:.0f} s"
 
 
 # ---------------------------------------------------------------- the command
 
 
 def chosen(trials: Sequence[Trial], only: str) -> list[Trial]:
-    """The trials whose labels have the values that `only` gives, as in 'cell=delta_net,seed=0'.
+    """The trials whose labels have the values that `only` gives, as in 'cell=delta_net,seed=0'; a
+    comma is part of a value unless a label and "=" follow.
 
     Raises UserError for a label or a value that no trial has.
     """
     kept = list(trials)
-    for part in filter(None, only.split(",")):
+    names = "|".join({re.escape(name) for trial in trials for name in trial.labels})
+    for part in filter(None, re.split(f",(?=(?:{names})=)", only)):
         label, _, value = part.partition("=")
         known = {str(trial.labels[label]) for trial in trials if label in trial.labels}
         if value not in known:
             allowed = sorted(known) or sorted({name for t in trials for name in t.labels})
+            words = [repr(word) if "," in word else word for word in allowed]
             raise config.UserError(
-                f"--only={part}: no trial has it; allowed are {', '.join(allowed)}."
+                f"--only={part}: no trial has it; allowed are {', '.join(words)}."
                 f"{config.did_you_mean(value, known)}"
             )
         kept = [trial for trial in kept if str(trial.labels.get(label)) == value]
@@ -341,7 +235,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("jobs", 1, "runs at a time, one core each if > 1", lower_bound=1)
     flags.DEFINE_string("only", "", "trials with these labels, such as cell=delta_net,seed=0")
     flags.DEFINE_string("runs", "runs", "folder for the workdirs of all sweeps")
-    flags.DEFINE_bool("again", False, "train also what the results have")
+    flags.DEFINE_bool("again", False, "make the rows that the results have anew")
     flags.DEFINE_bool("dry_run", False, "print the commands and train nothing")
     flags.DEFINE_bool("show", False, "train nothing; write tables and picture from the results")
     flags.DEFINE_bool("rehash", False, "train nothing; give the rows the hashes of these settings")

@@ -169,6 +169,17 @@ def test_models_of_equal_parameters(mixer):
         config.load(f"{ROOT}/configs/lm_stdlib.py:{mixer},parameters=9000")
 
 
+def test_spans_are_shorter_than_rows():
+    """Else a window is attention to all, and memory_caching never keeps a memory."""
+    mixers = {}
+    for name in ("attention", "memory_caching", "bmojo(delta_net)", "hybrid(sliding_window, gla)"):
+        settings = config.load(f"{ROOT}/configs/lm_stdlib.py:{name}")
+        assert settings.data.length == 256
+        mixers |= settings.model.mixers.to_dict()
+    spans = [mixers[n]["window"] for n in ("bmojo", "sliding_window", "attention")]
+    assert [*spans, mixers["memory_caching"]["segment"]] == [64, 64, 2048, 64]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_docstring_gives_the_command(path):
     document = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

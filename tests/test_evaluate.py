@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
-from memjax import evaluate, metrics, train
+from memjax import data, evaluate, metrics, tasks, train
 from memjax.errors import UserError
 
 compiled_once = runs.compiled_once
@@ -228,6 +228,24 @@ def test_other_data_is_refused(command, workdir, tmp_path):
 def test_mistakes_are_one_message(command, workdir, recall, args, message):
     code, _, err = command(*(arg.format(workdir=workdir, recall=recall) for arg in args))
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_longer_rows_of_every_task():
+    """In evaluation alone, with longer expressions where rows have one; a mixture has none."""
+    for name in set(tasks.names()) - {"mixture"}:
+        settings = {"name": name, **tasks.settings(name), "eval_examples": 1}
+        length = 2 * settings["length"]
+        found = evaluate.lengthened(settings, length, True)
+        source = data.make(found, batch=1, seed=0)
+        assert (source.length, source.evaluation_length) == (settings["length"], length)
+        row = tasks.make(name, **found["test"])
+        if hasattr(row, "sizes"):
+            assert row.sizes[-1] in (length, length - 1)
+    found = evaluate.lengthened({"name": "parity", "test": {"min_size": 20}}, 60, True)["test"]
+    assert found == {"min_size": 20, "length": 60, "max_size": 60}
+    assert evaluate.lengthened({"name": "text", "length": 8}, 9, False)["length"] == 9
+    with pytest.raises(UserError, match="--length=9: a mixture has the lengths of its cells"):
+        evaluate.lengthened({"name": "mixture"}, 9, True)
 
 
 def test_rows_that_the_attention_cannot_hold_are_refused(tmp_path):

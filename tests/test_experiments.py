@@ -7,7 +7,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from memjax import results
-from memjax.sweep import Sweep
+from memjax.sweep import chosen
+from memjax.trials import Sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"
@@ -39,6 +40,8 @@ def test_trials(name):
         assert trial.labels.keys() == sweep.trials[0].labels.keys()
         assert f"seed={trial.labels['seed']}" in trial.config
         assert len(trial.hash) == 12
+        only = ",".join(f"{label}={value}" for label, value in trial.labels.items())
+        assert chosen(sweep.trials, only) == [trial]
     command = f"--sweep=experiments/{name}/sweep.py --jobs="
     assert command in readme(name) and command in sweep.module.__doc__
 

@@ -51,6 +51,7 @@ COMMANDS = (
     "memjax.sweep",
     "memjax.train",
     "memjax.train_step",
+    "memjax.trials",
     "memjax.workload",
 )
 LIBRARY = (*CORE, *SHELL, *HELPERS, *SOURCES, "memjax.cells", "memjax.wrappers", "memjax.blocks")

@@ -195,8 +195,18 @@ def test_a_weak_delta_rule_against_its_law(cell):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="keys must divide pairs"):
-        recall.Study(pairs=100)
+    """All numbers of pairs that a probe asks for have to be there."""
+    for number in (0, 32, 33, 96, 192, 300):
+        with pytest.raises(ValueError, match=f"pairs={number}: allowed are 64, 128, 256, and so"):
+            recall.Study(pairs=number)
+    with pytest.raises(ValueError, match="keys=24: allowed are 16, 32, 64, and so on"):
+        recall.Study(keys=24, pairs=192)
+    with pytest.raises(ValueError, match="seeds=1, dim=64: allowed is 2 or more"):
+        recall.Study(seeds=1)
+    study = recall.Study(dim=8, seeds=2, pairs=64, distractors=8)
+    found = recall.measure(DeltaNet(8, 8), study, recall.draw(study))
+    assert found["capacity"][-2]["pairs"] == study.pairs // 2
+    assert [row["rebound"] for row in found["overwrite"]] == [0, 1]
 
 
 # ---------------------------------------------------------------- inside of models
@@ -256,6 +266,16 @@ def test_models_of_every_kind_are_opened(name, number):
         assert all(abs(angle) <= 1 + 1e-6 for angle in angles.values())
 
 
+def test_a_model_of_vectors_is_opened():
+    sizes = models.config("attention")
+    shell = LanguageModel(dataclasses.replace(sizes, features=6, tie=False))
+    rows = np.random.default_rng(0).normal(size=(2, 12, 6)).astype(np.float32)
+    params = shell.init(jax.random.key(0), rows)["params"]
+    memories, outputs = layers.capture(shell, params, rows)
+    assert len(memories) == len(outputs) == sizes.depth and outputs.shape[1:] == (2, 12, sizes.dim)
+    assert all(jax.tree.leaves(memory.inputs)[0].shape[:2] == (2, 12) for memory in memories)
+
+
 def recall_rows():
     """Three pairs, noise and one query, in the vocabulary of the tiny models."""
     rng = np.random.default_rng(0)
@@ -280,6 +300,8 @@ def test_queries_and_corruption():
         assert not any(new in old for new, old in zip(tokens[:, at], rows, strict=True))
     with pytest.raises(ValueError, match="no row has a query"):
         intervention.first_queries(rows, *rest[:2], 1 + rest[2])
+    with pytest.raises(ValueError, match="the rows are vectors"):
+        intervention.first_queries(rows[..., None].astype(np.float32), *rest)
     one = intervention.Query(*(a[:1] for a in query))
     with pytest.raises(ValueError, match="give more rows"):
         intervention.corrupted(one, "target")
@@ -386,7 +408,7 @@ def test_the_command_opens_a_model_of_text(command, tmp_path_factory, tmp_path):
         ([], "expected --cells=all"),
         (["--cells=all", "--workdir=x"], "expected --cells=all"),
         (["--workdir=/nowhere/run"], "/nowhere/run"),
-        (["--cells=delta_net", "--pairs=33"], "--pairs=33: Study: keys must divide"),
+        (["--cells=delta_net", "--pairs=33"], "pairs=33: allowed are 64, 128"),
         (["--cells=delta_net", "--keep=0"], "--keep=0.0, --strength=1.0: expected numbers"),
         (["--cells=delta_net", "--out=/nowhere/x.json"], "/nowhere/x.json"),
         (["--cells=delta_net", "--out=x.png"], "expected a file *.json"),

@@ -1,5 +1,6 @@
 """The command that trains what an experiment lists, and the tables of its rows."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -14,13 +15,13 @@ import pytest
 import tiny_runs as runs
 from matplotlib.figure import Figure
 
-from memjax import config, results, sweep
+from memjax import config, results, sweep, trials
 
 CONFIG = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "mqar.py")
 FILE = """
 from matplotlib.figure import Figure
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 def trials():
     return [
@@ -69,7 +70,8 @@ if "rwkv4-1" in workdir and not os.path.exists("mended"):
     sys.exit(1)
 time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
 os.makedirs(workdir, exist_ok=True)
-summary = {"finished": True, "seed": 1, "query_accuracy": len(workdir) % 7 / 10, "ignored": 3}
+summary = {"finished": True, "seed": 1, "seconds": 2.0, "ignored": 3}
+summary["query_accuracy"] = len(workdir) % 7 / 10
 json.dump(summary, open(os.path.join(workdir, "summary.json"), "w"))
 """
 
@@ -83,7 +85,7 @@ def file(tmp_path, monkeypatch):
     (folder / "README.md").write_text(README)
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(
-        sweep.Trial, "command", lambda self, at: [sys.executable, f"{tmp_path}/fake.py", at]
+        trials.Trial, "command", lambda self, at: [sys.executable, f"{tmp_path}/fake.py", at]
     )
     monkeypatch.chdir(tmp_path)
     return folder / "sweep.py"
@@ -117,7 +119,7 @@ def test_trains_what_is_missing_and_names_what_fails(file, command):
         ("delta_net", 0), ("delta_net", 1), ("rwkv4", 0),
     ]  # fmt: skip
     for row in rows:
-        assert row["changes"] == {"batch": 4} and "ignored" not in row and row["wall"] >= 0
+        assert row["changes"] == {"batch": 4} and "ignored" not in row
         assert row["config"].endswith(f"mqar.py:{row['cell']},seed={row['seed']}")
     text = (file.parent / "README.md").read_text()
     assert "old" not in text and text.startswith("# Which?") and text.endswith("That one.\n")
@@ -211,20 +213,60 @@ def test_rehash_trains_nothing(file, command):
     assert made(file) == 2
 
 
+def test_rows_of_no_trial_stay(file, command):
+    """Trials that are left out of the file for a while lose no results."""
+    command(f"--sweep={file}", "--only=cell=delta_net")
+    lost, kept = rows_of(file)
+    file.write_text(file.read_text().replace("(0, 1)", "(1, 2)"))
+    command(f"--sweep={file}", "--only=cell=delta_net")
+    assert [row["seed"] for row in rows_of(file)] == [1, 2, 0]
+    assert rows_of(file)[0] == kept and rows_of(file)[2] == lost
+    assert len(trials.Sweep(str(file)).shown()) == 2
+    assert command(f"--sweep={file}", "--rehash")[0] == 0
+    assert rows_of(file)[2] == lost
+
+
+def test_rows_are_written_one_after_another(file, monkeypatch):
+    """Of sweeps that read and write at once none loses another one's row."""
+    read = results.read
+    monkeypatch.setattr(results, "read", lambda path: time.sleep(0.02) or read(path))
+    sweeps = [trials.Sweep(str(file)) for _ in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [
+            pool.submit(each.add, trial, dict(trial.labels))
+            for each, trial in zip(sweeps, sweeps[0].trials, strict=True)
+        ]
+        for future in futures:
+            future.result()
+    assert rows_of(file) == [trial.labels for trial in sweeps[0].trials]
+
+
+def test_figures_are_the_sweeps_own(file, command, monkeypatch):
+    """What `memjax.evaluate` wrote into the run's folder is of whatever it was asked for."""
+    monkeypatch.setattr(sweep.evaluate, "evaluate", lambda workdir: {"whole": True})
+    file.write_text(file.read_text() + "\ndef keep(found):\n    return found\n")
+    trial = trials.Sweep(str(file)).trials[0]
+    workdir = file.parent.parent / "runs" / "experiment" / f"{trial.name}-{trial.hash}"
+    workdir.mkdir(parents=True)
+    (workdir / "evaluation.json").write_text('{"whole": false}')
+    assert command(f"--sweep={file}", "--only=cell=delta_net,seed=0")[0] == 0
+    assert rows_of(file)[0]["whole"] is True
+
+
 def test_hash_knows_what_a_result_depends_on():
     def of(**changes):
-        return sweep.Trial({}, "configs/mqar.py:delta_net", changes).hash
+        return trials.Trial({}, "configs/mqar.py:delta_net", changes).hash
 
     assert of() == of(**{"log.every": 7}) == of(**{"checkpoint.every": 7})
     assert len({of(), of(**{"optim.lr": 0.5}), of(**{"data.pairs": 4}), of(seed=1)}) == 4
-    begin = sweep.Trial({}, CONFIG)
+    begin = trials.Trial({}, CONFIG)
     others = [
         {},
         {"init_from": begin},
         {"init_from": dataclasses.replace(begin, changes={"steps": 1})},
         {"evaluations": [{"length": 128}]},
     ]
-    assert len({sweep.Trial({}, CONFIG, {}, **other).hash for other in others}) == len(others)
+    assert len({trials.Trial({}, CONFIG, {}, **other).hash for other in others}) == len(others)
 
 
 def test_show_trains_nothing(file, command):
@@ -245,26 +287,67 @@ def test_dry_run(file, command, monkeypatch):
     assert lines[0].endswith("mqar.py:delta_net,seed=1 --config.batch=4")
 
 
-def test_an_interrupted_sweep_continues(file):
-    """SIGTERM ends it with the code of an unfinished run and its rows; again, it goes on."""
-    begin = (
-        "import sys; from absl import app; from memjax import config, sweep; "
-        "sweep.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
-        "sweep.define_flags(); "
-        "app.run(sweep.main, flags_parser=lambda a: config.parse_flags(a, config=False))"
+BEGIN = (
+    "import sys; from absl import app; from memjax import config, sweep, trials; "
+    "trials.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
+    "sweep.define_flags(); "
+    "app.run(sweep.main, flags_parser=lambda a: config.parse_flags(a, config=False))"
+)
+
+
+def process_of(file, seconds, only="cell=delta_net"):
+    """The command as a process of its own, in which each run takes so long."""
+    environment = {"FAKE_SECONDS": str(seconds), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", BEGIN, f"--sweep={file}", f"--only={only}"],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    program = [sys.executable, "-c", begin, f"--sweep={file}", "--only=cell=delta_net"]
-    environment = {**os.environ, "FAKE_SECONDS": "60", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_a_run(file, process):
     while not made(file):
         time.sleep(0.1)
         assert process.poll() is None
+
+
+def test_an_interrupted_sweep_continues(file):
+    """SIGTERM ends it with the code of an unfinished run and its rows; again, it goes on."""
+    process = process_of(file, 60)
+    wait_for_a_run(file, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "the same command continues" in out
     assert made(file) == 1 and rows_of(file) == []
-    done = subprocess.run(program, env={**environment, "FAKE_SECONDS": "0"}, timeout=120)
-    assert done.returncode == 0 and len(rows_of(file)) == 2
+    again = process_of(file, 0)
+    again.communicate(timeout=120)
+    assert again.returncode == 0 and len(rows_of(file)) == 2
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_one_run_in_a_folder(file, command, kill):
+    """Another sweep's run is waited for, also when that sweep was killed; it is not made twice."""
+    process = process_of(file, 4, only="cell=delta_net,seed=0")
+    wait_for_a_run(file, process)
+    if kill:
+        process.kill()
+        process.communicate()
+    code, out, _ = command(f"--sweep={file}", "--only=cell=delta_net,seed=0")
+    assert code == 0 and "waiting for a run that another sweep began" in out
+    process.communicate(timeout=60)
+    assert made(file) == 1 and [row["seed"] for row in rows_of(file)] == [0]
+
+
+def test_values_with_commas():
+    models = ("delta_net, beta <= 1", "delta_net, beta <= 2", "delta_net")
+    made = [trials.Trial({"model": m, "seed": s}, CONFIG) for m in models for s in (0, 1)]
+    for trial in made:
+        only = ",".join(f"{label}={value}" for label, value in trial.labels.items())
+        assert sweep.chosen(made, only) == [trial]
+    assert sweep.chosen(made, "seed=1,model=delta_net, beta <= 2") == [made[3]]
+    with pytest.raises(config.UserError, match="allowed are delta_net, 'delta_net, beta <= 1', "):
+        sweep.chosen(made, "model=delta_net, beta <= 3,seed=0")
 
 
 @pytest.mark.parametrize(
@@ -314,10 +397,22 @@ def test_points():
 
 def test_spread():
     rows = [{"cell": "a", "x": 0.5}, {"cell": "a", "x": 0.7}, {"cell": "b", "x": 1.0}]
-    assert results.spread(results.select(rows, cell="a"), "x") == "0.600 (0.141)"
-    assert results.spread(results.select(rows, cell="b"), "x") == "1.000 (nan)"
+    assert results.spread(results.select(rows, cell="a"), "x") == "0.600 (0.141), two seeds"
+    assert results.spread([*rows, *rows], "x", 1) == "0.7 (0.2)"
+    assert results.spread(results.select(rows, cell="b"), "x") == "1.000, one seed"
     assert results.spread([], "x") == "-" and results.labels(rows, "cell") == ["a", "b"]
     assert results.mean(rows, "x") == pytest.approx(2.2 / 3)
+
+
+def test_an_error_of_one_trial_is_not_that_of_the_others(file, command, monkeypatch):
+    text = file.read_text() + "\ndef keep(found):\n    return {'kept': 1 / found['seed']}\n"
+    file.write_text(text)
+    monkeypatch.setattr(sweep, "_evaluated", lambda at, _: {"seed": int("-1-" in at)})
+    code, _, err = command(f"--sweep={file}", "--only=cell=delta_net")
+    assert code == 1 and "failed: delta_net-0;" in err
+    assert [row["kept"] for row in rows_of(file)] == [1.0]
+    (log,) = (file.parent.parent / "runs" / "experiment").glob("delta_net-0-*.log")
+    assert "ZeroDivisionError" in log.read_text()
 
 
 @pytest.mark.slow

@@ -280,6 +280,15 @@ def test_settings_stand_anywhere(monkeypatch, capsys):
     assert "split='test'" in first
 
 
+def test_settings_that_are_text_need_no_quotes(monkeypatch, capsys):
+    cells = ["cells=64x4,128x8", "settings=vocab=256,noise=False"]
+    for weights in ("weights=2,1", "weights='2,1'"):
+        run_command(monkeypatch, "--show=mixture", *cells, weights)
+        assert "weights='2,1', settings='vocab=256" in capsys.readouterr().out
+    run_command(monkeypatch, "--show=mixture", "cells=64x4", "weights=2")
+    assert "weights='2'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -139,8 +139,11 @@ def test_show_is_that_of_the_part():
     "settings, message",
     [
         (dict(task="mqa"), "unknown task 'mqa'.* Did you mean 'mqar'"),
-        (dict(task="passkey"), "passkey: unknown setting 'pairs'"),
-        (dict(task="mixture"), "mixture: unknown setting 'length'"),
+        (
+            dict(task="passkey"),
+            "task='passkey' has no settings length and pairs; allowed: associative_recall, ",
+        ),
+        (dict(task="mixture"), "task='mixture' has no settings length and pairs"),
         (dict(cells="64x4,64"), "'64' is no cell; .* task='mqar' has: based, zoology_64"),
         (dict(task="forgetting_mqar", cells="based"), "'based' is no cell; .* has: published"),
         (dict(cells=""), "'' is no cell"),

@@ -1,11 +1,14 @@
 """Recall tasks apart from MQAR on tokens: stacked MQAR, joint recall, associative recall."""
 
+import collections
+
 import numpy as np
 import pytest
 from task_checks import chi_square, close_to, refuses
 
 from memjax import tasks
 from memjax.tasks import __main__ as command
+from memjax.tasks.joint_recall import counted
 
 SMALL_TABLES = dict(
     min_contexts=5, max_contexts=5, min_keys=5, max_keys=5, values=8, length=112, vocab=28
@@ -159,6 +162,28 @@ def test_joint_blind_predictors_get_one_in_values(settings):
     assert source.chance == 1 / source.values
     for right in (*counts, by_key, by_context):
         assert close_to(right, trials, source.chance)
+
+
+def test_joint_counting_beats_a_guess():
+    """The most frequent value of a key, or of a context, that was not asked for yet."""
+    assert counted(1, 8) == 1 and counted(2, 8) == pytest.approx((1 + 9 / 16) / 2)
+    assert counted(5, 8) == pytest.approx(0.563, abs=5e-4)  # in the README of the experiment
+    source = tasks.make("joint_recall", **SMALL_TABLES)
+    right = np.zeros((400, 2))
+    for index in range(len(right)):
+        contexts, pairs, _ = halves(source, source[index])
+        for way in range(2):
+            left = collections.defaultdict(collections.Counter)
+            for half in range(2):
+                for context, block in zip(contexts[half].tolist(), pairs[half], strict=True):
+                    for key, value in block.tolist():
+                        counts = left[(key, context)[way]]
+                        if half:
+                            right[index, way] += value == max(counts, key=counts.__getitem__)
+                        counts[value] += -1 if half else 1
+    right /= source.queries
+    error = right.std(axis=0) / len(right) ** 0.5
+    assert (abs(right.mean(axis=0) - counted(5, 8)) < 4 * error).all() and (error < 0.01).all()
 
 
 def test_joint_sizes_and_orders_are_uniform():

@@ -10,7 +10,7 @@ of it.
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 CELLS = ("titans", "omega_net", "atlas")
 CHUNKS = {"forgetting_mqar": (1, 4, 16, 32), "tiny_text": (1, 4, 16, 64)}

@@ -8,7 +8,7 @@ MQAR at its smallest, for a look at the learning of attention and three memories
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 CELLS = ("attention", "delta_net", "gated_delta_net", "linear_attention")
 SEEDS = (0, 1, 2)

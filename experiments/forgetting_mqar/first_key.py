@@ -10,7 +10,8 @@ import sys
 import numpy as np
 
 from memjax import data, evaluate, generate
-from memjax.sweep import Runner, Sweep, chosen
+from memjax.sweep import Runner, chosen
+from memjax.trials import Sweep
 
 
 def main(cells):

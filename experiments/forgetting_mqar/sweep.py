@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import memjax
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 RUNS = (("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 0))
 # What only adds can tell of 8 keys that are bound twice: half of them, and all of the one that the

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 TASKS = ("mqar", "forgetting_mqar")
 SEEDS = (0, 1, 2)

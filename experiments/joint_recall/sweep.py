@@ -8,7 +8,8 @@ Joint recall with five contexts, five keys and eight values (HAX, arXiv 2507.004
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.tasks.joint_recall import counted
+from memjax.trials import Trial
 
 CELLS = (
     "attention", "sliding_window", "linear_attention", "mamba2", "delta_net", "gated_delta_net",
@@ -17,7 +18,7 @@ CELLS = (
 RATES = (5e-3, 1e-2)
 SEEDS = (0, 1, 2)
 STEPS = 1500
-CHANCE = 1 / 8
+CHANCE, COUNTED = 1 / 8, counted(5, 8)
 
 
 def trials():
@@ -57,9 +58,12 @@ def draw(rows):
         if points:
             axes.plot(*zip(*points, strict=True), "o", alpha=0.7, label=f"lr {lr}")
     axes.axvline(CHANCE, color="0.5", linestyle="--", linewidth=1)
+    axes.axvline(COUNTED, color="0.5", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(CELLS)), CELLS)
     axes.set_ylim(len(CELLS) - 0.5, -0.5)
-    axes.set(xlabel="query accuracy, a point a seed; dashed: a guess", xlim=(0, 1.02))
+    axes.set(
+        xlabel="query accuracy, a point a seed; dashed: a guess, dotted: counts", xlim=(0, 1.02)
+    )
     axes.grid(axis="x", alpha=0.25)
     axes.legend()
     return figure

@@ -9,7 +9,7 @@ Five models on rows of 512 bytes, each on the standard library's sources and on 
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 TASKS = ("passkey", "text")
 LENGTHS = (512, 2048, 8192, 32768)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import memjax
 from memjax import results
 from memjax.progress import human
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 SEEDS = (0, 1, 2)
 HYBRIDS = {

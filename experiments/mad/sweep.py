@@ -9,7 +9,7 @@ with two layers of width 64 and 600 steps of 32 fresh rows.
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 CELLS = ("attention", "linear_attention", "mamba2", "gated_delta_net")
 TASKS = (

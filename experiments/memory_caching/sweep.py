@@ -9,7 +9,7 @@ Memory Caching in its four modes over two small memories, whose keys have 16 cha
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 CELLS = ("linear_attention", "delta_net")
 MODES = ("residual", "grm", "soup", "ssc")

@@ -9,12 +9,9 @@ rates with three seeds. Every figure is that of the last step.
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
-CELLS = (
-    "attention", "sliding_window", "linear_attention", "gla", "mamba2", "delta_net",
-    "gated_delta_net",
-)  # fmt: skip
+CELLS = ("attention", "linear_attention", "gla", "mamba2", "delta_net", "gated_delta_net")
 DIMS = (32, 64)
 RATES = (1e-2, 2e-2)
 SEEDS = (0, 1, 2)

@@ -11,7 +11,7 @@ import math
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 SEEDS = (0, 1, 2)
 DELTAS = {
@@ -88,7 +88,7 @@ def tables(rows):
     for task, (_, _, models) in TASKS.items():
         if task in WORDS:
             names = [f"{kind}_{n}" for kind in ("token", "whole") for n in LENGTHS]
-            head = [f"at {n}" for n in LENGTHS] + [f"all up to {n}" for n in LENGTHS]
+            head = [f"{n // 2 + 1} to {n}" for n in LENGTHS] + [f"all up to {n}" for n in LENGTHS]
         else:
             names, head = [f"from_{n}" for n in BINS], list(BINS.values())
         groups = {model: results.select(rows, task=task, model=model) for model in models}

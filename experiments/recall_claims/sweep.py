@@ -11,7 +11,7 @@ solve     Gated KalmaNet, which solves for the memory, against Gated DeltaNet, 1
 from matplotlib.figure import Figure
 
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 SEEDS = (0, 1, 2)
 STEPS = {"slots": 600, "window": 600, "features": 1500, "solve": 600}

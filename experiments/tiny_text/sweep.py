@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import memjax
 from memjax import results
-from memjax.sweep import Trial
+from memjax.trials import Trial
 
 DTYPES = ("float32", "bfloat16")
 

@@ -45,7 +45,9 @@ def first_queries(
 ) -> Query:
     """The first scored position of each row whose answer stands in its context, as in associative
     recall: `distance` tokens in front of the query, right behind its key. Other rows are left out;
-    ValueError when none is left."""
+    ValueError when none is left, or where the inputs are vectors."""
+    if inputs.ndim != 2:
+        raise ValueError("the rows are vectors, and the intervention exchanges tokens")
     rows = np.arange(len(inputs))
     query = mask.argmax(axis=1)
     target = query - distance[rows, query]

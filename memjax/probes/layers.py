@@ -57,7 +57,7 @@ def capture(
     tokens: Int[Array, "B T"],
     reset: Bool[Array, "B T"] | None = None,
 ) -> tuple[list[Memory], Float[np.ndarray, "layers B T D"]]:
-    """(memories, what each layer's mixer gives) for these tokens.
+    """(memories, what each layer's mixer gives) for these tokens, or vectors [B, T, F].
 
     Of a wrapper the outer cell counts. A memory that its block asks in another way than
     `Mixer.answers` (hybrid's window_exit), or window by window (mac), is left out.
@@ -75,7 +75,7 @@ def capture(
             return out
         if isinstance(module, Mixer) and context.method_name == "answers":
             xs, _, kept, _ = out
-            whole = xs[0].shape[:2] == tokens.shape
+            whole = xs[0].shape[:2] == tokens.shape[:2]
             if whole and keep(module, "probed_inputs", (module.weights(kept), xs)):
                 cells[path] = module.cell
         if path[3:] == ("mixer",) and context.method_name == "__call__":

@@ -53,10 +53,11 @@ def scores(
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What `probe` measures on. dim: K = V. seeds: lists. pairs: of the longest list. every: writes
-    between two times of asking. keys: of the list whose keys are bound again, and of the first
-    context of interference. distractors: values that are never stored. keep, strength: of what
-    fades and of rates, see `pairs.tokens`. seed: of the draws."""
+    """What `probe` measures on. dim: K = V. seeds: lists. pairs: of the longest list; 2, 4, 8, ..
+    times `keys`. every: writes between two times of asking. keys: of the list whose keys are bound
+    again, and of the first context of interference; 1, 2, 4, .. times `every`. distractors: values
+    that are never stored. keep, strength: of what fades and of rates, see `pairs.tokens`. seed: of
+    the draws."""
 
     dim: int = 64
     seeds: int = 8
@@ -69,11 +70,14 @@ class Study:
     seed: int = 0
 
     def __post_init__(self):
-        if self.pairs % self.keys or self.keys % self.every or min(self.seeds, self.dim) < 2:
-            raise ValueError(
-                "Study: keys must divide pairs, every must divide keys, seeds and dim be at least "
-                f"2; given {self}"
-            )
+        for name, least in (("keys", self.every), ("pairs", 2 * self.keys)):
+            if getattr(self, name) not in [least * 2**i for i in range(20)]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: allowed are {least}, {2 * least}, {4 * least}, "
+                    "and so on, each twice the one before"
+                )
+        if min(self.seeds, self.dim) < 2:
+            raise ValueError(f"seeds={self.seeds}, dim={self.dim}: allowed is 2 or more")
 
     @property
     def counts(self) -> list[int]:

@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as pairs=4")
     arguments = parser.parse_intermixed_args()
     try:
-        settings = dict(map(parse_setting, arguments.settings))
+        known = tasks.settings(arguments.show)
+        settings = dict(parse_setting(text, known) for text in arguments.settings)
         print(show(tasks.make(arguments.show, **settings), arguments.index))
     except (ValueError, IndexError) as error:
         parser.error(str(error))

@@ -4,11 +4,15 @@
          `--- a table, context by context ---'        `- the same table, in other orders -'
 
 A row is a table of values [contexts, keys], written twice in random orders. In the second half the
-model must name, at every key, the value that follows it: a key alone, or a context alone, says
-nothing. The task of HAX (arXiv:2507.00449).
+model must name, at every key, the value that follows it. The task of HAX (arXiv:2507.00449).
+
+The value of a key in another context says nothing about the answer, but how often each value stood
+behind a key does, the more so as answers are in the row: who counts them without the context and
+takes off those that were asked for is right more often than a guess (`counted`).
 """
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,6 +23,26 @@ from memjax.tasks.source import Example, Source
 BOS, PAD, SEP, VALUE = 1, 3, 4, 10  # VALUE is the first value; then come the keys, the contexts
 # One number per named draw; a new draw takes a new number, so that examples never change.
 _SIZES, _CONTEXTS, _KEYS, _TABLE, _CONTEXT_ORDERS, _KEY_ORDERS = range(6)
+
+
+def counted(number: int, values: int) -> float:
+    """The accuracy of naming the most frequent of those values of a key that are left.
+
+    number: of contexts, each of which gives the key one of `values` values, independent and
+    uniform. The same holds for a context without its keys. With m left it is right with the mean of
+    the largest count, over m; at most j are alike in m! [x^m] (1 + x + .. + x^j / j!)^values cases.
+    """
+    right = 0.0
+    for left in range(1, number + 1):
+        largest = 0.0
+        for most in range(left):
+            powers, series = np.ones(1), 1 / np.array([math.factorial(i) for i in range(most + 1)])
+            for _ in range(values):
+                powers = np.convolve(powers, series)[: left + 1]
+            cases = powers[left] * math.factorial(left) if len(powers) > left else 0.0
+            largest += 1 - cases / values**left
+        right += largest / left / number
+    return right
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +116,7 @@ class JointRecall(Source):
 
     @property
     def chance(self) -> float:
-        """The query accuracy of a guess among the values."""
+        """The query accuracy of a guess among the values; see `counted` for a better one."""
         return 1 / self.values
 
     def __getitem__(self, index: int) -> Example:

@@ -117,12 +117,19 @@ class Mixture(Source):
     @functools.cached_property
     def parts(self) -> tuple[Source, ...]:
         """The sources of the cells."""
-        from memjax.tasks import make  # it knows all tasks, this one too
+        from memjax import tasks  # it knows this task, too
 
+        able = [
+            name for name in tasks.names() if {"length", "pairs"} <= tasks.settings(name).keys()
+        ]
+        if self.task in tasks.names() and self.task not in able:
+            self._refuse(
+                f"task={self.task!r} has no settings length and pairs; allowed: {', '.join(able)}"
+            )
         settings = {**self._parsed(self._cells.settings), **self._parsed(self.settings)}
         settings |= {"seed": self.seed, "split": self.split}
         sizes = map(self._size, self._cells.sizes.split(","))
-        return tuple(make(self.task, **settings, **size) for size in sizes)
+        return tuple(tasks.make(self.task, **settings, **size) for size in sizes)
 
     @property
     def length(self) -> int:

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -14,18 +15,21 @@ SPLITS = ("train", "test")
 Example = dict[str, np.ndarray]
 
 
-def parse_setting(text: str) -> tuple[str, Any]:
-    """The name and value in "pairs=4". A value that is no Python literal is text.
+def parse_setting(text: str, known: Mapping[str, Any] | None = None) -> tuple[str, Any]:
+    """The name and value in "pairs=4". A value that is no Python literal is text; so is one whose
+    setting is, as in weights=2,1 or cells=based.
 
-    Raises ValueError without "=".
+    known: the settings' defaults. Raises ValueError without "=".
     """
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r}: expected SETTING=VALUE, such as pairs=4")
     try:
-        return name, ast.literal_eval(value)
+        found = ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
+    is_text = isinstance((known or {}).get(name), str) and not isinstance(found, str)
+    return name, value if is_text else found
 
 
 class Source:
