@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from memjax import forms
+from memjax.axes import per_device
 from memjax.recurrence import (
     accumulator_dtype,
     memories,
-    per_device,
     per_head,
     promote,
     scan_tokens,
@@ -174,7 +174,7 @@ def run(
       implementation: "scan", "chunked" or "pallas"; a tuple of them is tried in order, with a
         warning that gives the reason where a form does not serve; None chooses. Every form gives
         the same result. On several devices "pallas" runs on each of them, for its own rows or
-        heads (see `memjax.recurrence.per_device`).
+        heads (see `memjax.axes.per_device`).
       differentiate: whether gradients will be taken; only guides the choice of the form.
 
     Returns:

@@ -62,7 +62,8 @@ def config(
     settings.eval = ConfigDict({"every": 0, "batches": 8, "sample": 300})
     settings.checkpoint = ConfigDict({"every": 1000, "keep": 2})
     settings.log = ConfigDict({"every": 20, "tensorboard": False, "wandb": False})
-    settings.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    # devices by axis, -1 for all the rest (see `memjax.sharding`)
+    settings.mesh = ConfigDict({"replica": 1, "data": 1, "fsdp": -1, "context": 1, "tensor": 1})
     settings.next_steps = ""  # printed at the end of a finished run
     return settings
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree, Shaped
 
@@ -103,84 +102,6 @@ def memories(params: PyTree, state: PyTree, xs: PyTree) -> int:
     if jax.tree.leaves(state):
         return jax.tree.leaves(state)[0].shape[1]
     return max(leaf.shape[2] for leaf in jax.tree.leaves(xs))
-
-
-def per_device(form: Callable) -> Callable:
-    """Splits the work of a sequence form over a mesh, for a form that the compiler cannot split by
-    itself, such as a kernel. Takes and returns whole batches, as the forms of a cell do.
-
-    The mesh is the one in force (`jax.set_mesh`), or else the one that the arrays lie on. Each of
-    its axes splits the rows where their number divides, or else the heads; an explicit axis that
-    the heads lie on splits those first. Over an axis that divides neither all devices do the same.
-    Inside `jax.shard_map` nothing is left to split.
-    """
-
-    @functools.wraps(form)
-    def lifted(*given):
-        mesh, names = _mesh(given)
-        if math.prod(mesh.shape[name] for name in names) == 1:
-            return form(*given)
-        rows, heads = _shares(mesh, names, given)
-
-        def spec(head_axis, leaf):
-            places: list = [None if head_axis == 0 else rows, *(None,) * (leaf.ndim - 1)]
-            if leaf.ndim > head_axis and leaf.shape[head_axis] > 1:
-                places[head_axis] = heads
-            return PartitionSpec(*places)
-
-        specs = tuple(
-            jax.tree.map(functools.partial(spec, axis), tree)
-            for axis, tree in zip(_HEAD_AXES, given, strict=True)
-        )
-        if AxisType.Explicit in mesh.axis_types:
-            shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-            given = jax.tree.map(jax.sharding.reshard, given, shardings)
-        out = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
-        split = jax.shard_map(
-            form,
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=out,
-            axis_names=set(names),
-            check_vma=False,
-        )
-        return split(*given)
-
-    return lifted
-
-
-_HEAD_AXES = (0, 1, 2, 2, 2)  # of params, state, xs, reset, which has none, and write
-
-
-def _mesh(tree: PyTree) -> tuple[AbstractMesh, list[str]]:
-    """The mesh in force, or the one that arrays lie on; its axes that are not split yet."""
-    meshes = [leaf.sharding.mesh for leaf in map(jax.typeof, jax.tree.leaves(tree))]
-    meshes = [jax.sharding.get_abstract_mesh(), *meshes]
-    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return mesh, [name for name, kind in kinds if kind != AxisType.Manual]
-
-
-def _shares(mesh: AbstractMesh, names: list[str], given: PyTree) -> list[tuple[str, ...] | None]:
-    """The axes of the mesh that split rows, and those that split heads; None for no axis."""
-    xs = jax.tree.leaves(given[2])
-    counts = {
-        leaf.shape[axis]
-        for axis, tree in zip(_HEAD_AXES, given, strict=True)
-        for leaf in jax.tree.leaves(tree)
-        if leaf.ndim > axis
-    }
-    lying = {name for leaf in xs for name in jax.tree.leaves(jax.typeof(leaf).sharding.spec[2])}
-    sizes = {0: {xs[0].shape[0]}, 2: counts - {1}}  # by axis of xs
-    chosen: dict[int, list[str]] = {0: [], 2: []}
-    for name in names:
-        first = 2 if name in lying else 0
-        for axis in (first, 2 - first):
-            parts = math.prod(mesh.shape[n] for n in (*chosen[axis], name))
-            if sizes[axis] and all(size % parts == 0 for size in sizes[axis]):
-                chosen[axis].append(name)
-                break
-    return [tuple(split) or None for split in chosen.values()]
 
 
 def scan_tokens(step, read, fresh, state, xs, reset, write) -> tuple[PyTree, PyTree]:

@@ -1,7 +1,9 @@
-"""Where arrays lie: a mesh of data and fsdp axes, and the mesh axes of every logical axis name.
+"""Where arrays lie: the mesh of a config, and the shardings of batches, parameters and the
+optimiser's state by the rules of `memjax.axes`.
 
-Parameters carry logical names (`nn.with_logical_partitioning`); `RULES` says which mesh axis each
-name is split over. Batches are split over all devices, parameters over `fsdp` along `embed`.
+Parameters carry logical names (`nn.with_logical_partitioning`): their model dimension is split over
+`fsdp`; heads, hidden channels and the vocabulary over `tensor`. Rows of a batch are split over
+`replica`, `data` and `fsdp`.
 """
 
 import math
@@ -13,47 +15,39 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from memjax.axes import MESH_AXES, RULES, partition
 from memjax.errors import UserError, did_you_mean
-
-AXES = ("data", "fsdp")
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-    ("batch", ("data", "fsdp")),
-    ("embed", "fsdp"),
-    ("layers", None),
-    ("seq", None),
-    ("heads", None),
-    ("head_dim", None),
-    ("kv", None),
-    ("state", None),
-    ("mlp", None),
-    ("vocab", None),
-    ("conv", None),
-    ("norm", None),
-)
 
 
 def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes of `AXES`, automatic on every version of JAX.
+    """A mesh with the axes of `MESH_AXES`, automatic on every version of JAX.
 
     Args:
       sizes: axis name -> number of devices; an axis left out has 1; one may be -1: all the rest.
       devices: default all of them.
 
     Raises:
-      UserError: an unknown axis, an impossible size, or sizes that do not use all devices.
+      UserError: an unknown axis, an impossible size, sizes that do not use all devices, or a
+        context axis other than 1, which nothing is split over yet.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = dict(sizes), len(devices)
     shown = "config.mesh=dict(" + ", ".join(f"{k}={v}" for k, v in sizes.items()) + ")"
     for name, size in sizes.items():
-        if name not in AXES:
+        if name not in MESH_AXES:
             raise UserError(
-                f"{shown}: no mesh axis {name!r}; axes: {', '.join(AXES)}."
-                f"{did_you_mean(name, AXES)}"
+                f"{shown}: no mesh axis {name!r}; axes: {', '.join(MESH_AXES)}."
+                f"{did_you_mean(name, MESH_AXES)}"
             )
         if size < 1 and size != -1:
             raise UserError(f"{shown}: {name} must be at least 1, or -1 for all other devices.")
-    shape = [sizes.get(name, 1) for name in AXES]
+        if name == "context" and size != 1:
+            raise UserError(
+                f"{shown}: context must be 1, as splitting a sequence over devices is not there "
+                "yet; split rows (data, fsdp) or heads (tensor), and for long rows set "
+                "config.model.remat=full or a larger config.accumulate."
+            )
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
     if shape.count(-1) > 1:
         raise UserError(f"{shown}: only one axis can be -1.")
     fixed = math.prod(s for s in shape if s != -1)
@@ -68,22 +62,24 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
         )
     shape = [count // fixed if s == -1 else s for s in shape]
     return jax.make_mesh(
-        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+        tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
 
 
 def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
-    """How `[batch, ...]` arrays lie: rows split over all devices.
+    """How `[batch, ...]` arrays lie: rows split over the axes of "batch".
 
     Raises:
-      UserError: `rows` is given and the number of devices does not divide it.
+      UserError: `rows` is given and the number of parts does not divide it.
     """
-    if rows is not None and rows % mesh.size:
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if rows is not None and rows % parts:
         raise UserError(
-            f"config.batch / config.accumulate = {rows} rows do not divide over the {mesh.size} "
-            f"devices of the mesh {dict(mesh.shape)}; choose a multiple of {mesh.size}."
+            f"config.batch / config.accumulate = {rows} rows do not divide into {parts} parts, "
+            f"the product of {', '.join(RULES['batch'])} in the mesh {dict(mesh.shape)}; choose "
+            f"a multiple of {parts}."
         )
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -91,49 +87,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shardings(abstract: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES) -> Any:
+def shardings(abstract: Any, mesh: Mesh) -> Any:
     """The sharding of every parameter.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct`, boxed by `nn.with_logical_partitioning` (the result
         of `jax.eval_shape(model.init, ...)`); a leaf without a box is replicated.
       mesh: from `mesh`.
-      rules: logical name -> mesh axis, axes or None.
 
     Returns:
-      The unboxed tree with `NamedSharding` leaves. A leaf with a dimension that its mesh axes do
-      not divide is replicated.
+      The unboxed tree with `NamedSharding` leaves, split as `memjax.axes.partition` says.
 
     Raises:
-      ValueError: a logical name that `rules` does not have.
+      ValueError: a logical name that has no rule.
     """
-    logical = nn.get_partition_spec(abstract)
-    names = [name for name, _ in rules]
-    for path, spec in jax.tree_util.tree_flatten_with_path(logical, is_leaf=_is_spec)[0]:
-        for name in spec:
-            if name is not None and name not in names:
+
+    def place(path, leaf):
+        if not _is_boxed(leaf):
+            return replicated(mesh)
+        for name in leaf.names:
+            if name is not None and name not in RULES:
                 raise ValueError(
                     f"parameter {jax.tree_util.keystr(path)} has the logical axis "
-                    f"{name!r}; names: {', '.join(names)}.{did_you_mean(name, names)}"
+                    f"{name!r}; names: {', '.join(RULES)}.{did_you_mean(name, list(RULES))}"
                 )
-    placed = nn.logical_to_mesh_sharding(logical, mesh, list(rules))
+        return NamedSharding(mesh, partition(leaf.names, nn.meta.unbox(leaf).shape, mesh))
 
-    def or_replicated(sharding, leaf):
-        return sharding if _divides(sharding.spec, leaf.shape, mesh) else replicated(mesh)
-
-    return jax.tree.map(or_replicated, placed, nn.meta.unbox(abstract))
+    return jax.tree_util.tree_map_with_path(place, abstract, is_leaf=_is_boxed)
 
 
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
-
-
-def _divides(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> bool:
-    for size, axes in zip(shape, spec, strict=False):
-        axes = axes if isinstance(axes, tuple) else (axes,)
-        if size % math.prod(mesh.shape[a] for a in axes if a is not None):
-            return False
-    return True
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def optimizer_shardings(

@@ -14,6 +14,7 @@ from block_references import softmax
 from contract import distance
 
 from memjax import sharding
+from memjax.axes import RULES
 from memjax.cell import MemoryCell
 from memjax.defaults import default_mixers
 from memjax.nn.layers import Context, Norm
@@ -35,7 +36,7 @@ def boxed(config):
 
 @pytest.mark.parametrize("name", models.FAST)
 def test_every_parameter_has_axes_that_the_sharding_rules_know(name):
-    known = {rule for rule, _ in sharding.RULES}
+    known = set(RULES)
     for changes in ({}, {"norm": "layer", "tie": False}):
         shapes, leaves = boxed(models.config(name, **changes))
         for path, leaf in leaves.items():

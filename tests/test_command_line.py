@@ -91,7 +91,7 @@ MISTAKES = {
     "--config.eval.sample=-1": ["eval.sample=-1", "0 draws none"],
 }
 SOURCES = {
-    "configs/mqra.py": ["mqar.py, passkey.py, quickstart.py", "Did you mean 'configs/mqar.py'?"],
+    "configs/mqra.py": ["mqar.py, oracle.py, passkey.py", "Did you mean 'configs/mqar.py'?"],
     "confgs/mqar.py": ["no such folder 'confgs'", "Did you mean 'configs/mqar.py'?"],
     "configs/mqar.py:delta_nte": ["'delta_nte'", "linear_attention", "Did you mean 'delta_net'?"],
     "configs/mqar.py:delta_net,sede=1": ["'sede'", "cell, seed, steps, lr", "Did you mean 'seed'?"],

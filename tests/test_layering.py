@@ -18,6 +18,7 @@ TREES = ("memjax", "pallas_kernels", "configs", "experiments")  # what the rule 
 
 CORE = (
     "memjax.typing",
+    "memjax.axes",
     "memjax.registry",
     "memjax.recurrence",
     "memjax.forms",
@@ -81,6 +82,7 @@ class Layer:
 LAYERS = {
     "pallas_kernels": Layer(packages=("jax", "numpy")),
     "memjax.typing": Layer(packages=JAX),
+    "memjax.axes": Layer(ours=CORE, packages=JAX),
     "memjax.registry": Layer(ours=CORE, packages=JAX),
     "memjax.recurrence": Layer(ours=CORE, packages=JAX),
     "memjax.forms": Layer(),

@@ -26,9 +26,14 @@ def refused(sizes, text):
     else:
         raise AssertionError(sizes)
 
-assert dict(sharding.mesh(dict(data=1, fsdp=-1)).shape) == {'data': 1, 'fsdp': 8}
-assert dict(sharding.mesh(dict(data=-1, fsdp=2)).shape) == {'data': 4, 'fsdp': 2}
-assert dict(sharding.mesh({'data': 2}, jax.devices()[:2]).shape) == {'data': 2, 'fsdp': 1}
+def sizes(*args, **given):
+    return tuple(sharding.mesh(given, *args).shape.values())
+
+assert sharding.mesh({'fsdp': 8}).axis_names == ('replica', 'data', 'fsdp', 'context', 'tensor')
+assert sizes(data=1, fsdp=-1) == (1, 1, 8, 1, 1)
+assert sizes(data=-1, fsdp=2) == (1, 4, 2, 1, 1)
+assert sizes(replica=2, fsdp=-1, tensor=2) == (2, 1, 2, 1, 2)
+assert sizes(jax.devices()[:2], data=2) == (1, 2, 1, 1, 1)
 refused(dict(data=3, fsdp=-1), 'config.mesh=dict(data=3, fsdp=-1): the fixed sizes make 3, there '
         'are 8 devices; choose sizes that divide 8.')
 refused(dict(data=2, fsdp=2), 'choose sizes whose product is 8, or set one to -1.')
@@ -94,8 +99,10 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 try:
     sharding.batch_sharding(mesh, 12)
 except UserError as err:
-    assert str(err) == ("config.batch / config.accumulate = 12 rows do not divide over the 8 "
-                        "devices of the mesh {'data': 2, 'fsdp': 4}; choose a multiple of 8."), err
+    assert str(err) == (
+        "config.batch / config.accumulate = 12 rows do not divide into 8 parts, the product of "
+        "replica, data, fsdp in the mesh {'replica': 1, 'data': 2, 'fsdp': 4, 'context': 1, "
+        "'tensor': 1}; choose a multiple of 8."), err
 else:
     raise AssertionError
 print('fine')
@@ -131,9 +138,13 @@ def test_one_device():
     [
         (
             dict(fdsp=2),
-            "config.mesh=dict(fdsp=2): no mesh axis 'fdsp'; axes: data, fsdp. Did you mean 'fsdp'?",
+            "config.mesh=dict(fdsp=2): no mesh axis 'fdsp'; axes: replica, data, fsdp, context, t",
         ),
         (dict(data=0), "config.mesh=dict(data=0): data must be at least 1, or -1 for all other"),
+        (
+            dict(context=2),
+            "config.mesh=dict(context=2): context must be 1, as splitting a sequence over devices",
+        ),
         (dict(data=-1, fsdp=-1), "config.mesh=dict(data=-1, fsdp=-1): only one axis can be -1."),
     ],
 )

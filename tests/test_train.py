@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -39,30 +37,6 @@ REFERENCE = {
         "next": 5.552973,
     },
 }
-STEPS_ON_DEVICES = """
-import json, sys
-import jax
-import memjax, tiny_runs as runs
-from memjax import train
-run = memjax.build(runs.load(sys.argv[1], json.loads(sys.argv[2])))
-state, batches, values = run.init(), iter(run.data.train), []
-for _ in range(3):
-    state, found = run.step(state, run.put(next(batches)))
-    values.append([float(found["loss"]), float(found["grad_norm"])])
-wanted = jax.tree.leaves(jax.tree.map(lambda a: a.sharding, run.abstract_state()))
-leaves = jax.tree.leaves(state)
-specs = {jax.tree_util.keystr(p): list(a.sharding.spec)
-         for p, a in jax.tree_util.tree_leaves_with_path(state) if "embedding" in str(p)}
-finished = train.train(runs.load(sys.argv[1], json.loads(sys.argv[2])), sys.argv[3])["finished"]
-print(json.dumps({
-    "finished": finished,
-    "values": values,
-    "as planned": all(a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(leaves, wanted)),
-    "embeddings": list(specs.values()),
-    "devices": run.mesh.size,
-    "evaluation": run.evaluation(state.params, 1)["loss"],
-}))
-"""
 LINEAR = f"{runs.MQAR}:linear_attention"
 FORGETTING = {
     "batch": 4,
@@ -223,47 +197,6 @@ def test_bits_per_byte_counts_every_held_out_byte_once(plain):
     found = run.evaluation(params)
     assert found["bits_per_byte"] == pytest.approx(nats / count / np.log(2), rel=1e-5)
     assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
-
-
-# ---------------------------------------------------------------- devices
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (8, 1), (1, 8)])
-def test_eight_devices_train_as_one_does(tmp_path, data, fsdp):
-    """And one device continues what eight have begun."""
-    settings = {**runs.TASK, "batch": 8, "model.dim": 16}
-    run = memjax.build(runs.load(LINEAR, settings))
-    state, alone = advance(run, 3, run.init())
-    evaluation = run.evaluation(state.params, 1)["loss"]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": f"{runs.ROOT}{os.pathsep}{runs.ROOT}/tests",
-        "JAX_PLATFORMS": "cpu",
-    }
-    given = json.dumps({**settings, "mesh.data": data, "mesh.fsdp": fsdp})
-    out = subprocess.run(
-        [sys.executable, "-c", STEPS_ON_DEVICES, LINEAR, given, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
-    found = json.loads(out.stdout.splitlines()[-1])
-    wanted = [[v["loss"], v["grad_norm"]] for v in alone]
-    np.testing.assert_allclose(found["values"], wanted, rtol=1e-5)
-    assert found["evaluation"] == pytest.approx(evaluation, rel=1e-5)
-    assert found["devices"] == 8 and found["as planned"] and found["finished"]
-    if fsdp > 1:  # the embedding and its two moments, split along embed
-        assert found["embeddings"] == [[None, "fsdp"]] * 3
-    before = runs.records(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints" / "12")
-    assert train.train(runs.load(LINEAR, settings), str(tmp_path))["finished"]
-    again = runs.records(tmp_path)
-    assert [row["step"] for row in again] == [row["step"] for row in before]
-    np.testing.assert_allclose(*([r["loss"] for r in rows] for rows in (again, before)), rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the run

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memjax.axes import constrain
 from memjax.nn.layers import Context, Dense, Norm
 from memjax.registry import ChannelSpec, register
 from memjax.typing import Array, DTypeLike, Float, PyTree
@@ -66,4 +67,5 @@ class Block(nn.Module):
             normed = Norm(self.norm, name="channel_norm")(x)
             y, new["channel"], ctx = self.channel(name="channel")(normed, state["channel"], ctx)
             x = x + y
+        x = constrain(x, "batch", "seq", None)
         return x, new, ctx.replace(layer=ctx.layer + 1)

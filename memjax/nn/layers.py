@@ -1,4 +1,5 @@
-"""Layers that mixers are made of. Every parameter carries logical axis names for sharding."""
+"""Layers that mixers are made of. Every parameter carries logical axis names for sharding, and so
+do the outputs of products."""
 
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memjax.axes import constrain
 from memjax.recurrence import lags
 from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
@@ -147,6 +149,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (*size, *self.shape), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = jnp.tensordot(x, kernel, axes=contract)
+        y = constrain(y, "batch", *(None,) * (x.ndim - contract - 1), *self.axes)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
             y = y + self.param("bias", zeros, self.shape, jnp.float32).astype(self.dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import registry
+from memjax.axes import constrain
 from memjax.nn.layers import Context, Norm, Published, normal, unpublished
 from memjax.nn.stack import REMAT, Stack, make_mixer, mixer_names, mixer_texts
 from memjax.recurrence import positions
@@ -172,6 +173,7 @@ class LanguageModel(nn.Module):
             x = tokens.astype(dtype) @ embedding
         else:
             x = jnp.take(embedding, tokens, axis=0)  # NaN for a token out of range
+        x = constrain(x, "batch", "seq", None)
         x, layers, ctx = self._stack(dtype)(x, state["layers"], ctx)
         if reports_loss(config):
             self.sow("losses", "layers", ctx.losses)
@@ -185,6 +187,7 @@ class LanguageModel(nn.Module):
         # accumulated and kept in float32: rounded logits would cost the loss three digits
         wide = jnp.promote_types(dtype, jnp.float32)
         logits = jnp.matmul(x, head.astype(dtype), preferred_element_type=wide)
+        logits = constrain(logits, "batch", "seq", "vocab")
         return logits, {"position": end, "layers": layers}
 
     def _published(self, size: tuple[int, ...], dtype, carried: bool) -> dict[str, Published]:

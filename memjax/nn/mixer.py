@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.axes import constrain
 from memjax.cell import MemoryCell, run
 from memjax.nn.layers import Context, Dense, LowRank, Norm, ShortConvolution, l2_normalise
-from memjax.typing import Array, DTypeLike, Float, PRNGKeyArray, PyTree
+from memjax.typing import Array, DTypeLike, Float, PRNGKeyArray, PyTree, Shaped
 
 GATES = {"none": None, "silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
@@ -119,6 +120,7 @@ class Mixer(nn.Module):
     ) -> tuple[PyTree, Array, PyTree, dict]:
         """The cell's inputs, its answers, what `outputs` needs besides, and the new state."""
         xs, kept, new = self.inputs(x, state, ctx)
+        xs = jax.tree.map(by_head, xs)
         y, memory = run(
             self.cell,
             self.weights(kept),
@@ -130,6 +132,11 @@ class Mixer(nn.Module):
             differentiate=ctx.differentiate,
         )
         return xs, y, kept, {**new, "memory": memory}
+
+
+def by_head(leaf: Shaped[Array, "B T h *rest"]) -> Shaped[Array, "B T h *rest"]:
+    """An input of a cell, split over devices by rows and heads."""
+    return constrain(leaf, "batch", "seq", "heads", *(None,) * (leaf.ndim - 3))
 
 
 def convolve(

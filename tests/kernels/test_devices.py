@@ -79,6 +79,16 @@ with interpreted():
         assert specs(found) == ((rows, None, heads), (rows, heads)), (sizes, specs(found))
         with jax.set_mesh(mesh):
             same(jax.jit(lambda *given: all_of(*given))(*given), wanted)
+    two = sharding.mesh(dict(data=2, tensor=2))
+    for sizes, wanted in {
+        (4, 4, 2): (('data', None, 'tensor'), ('data', 'tensor')),
+        (4, 3, 1): ((('data', 'tensor'), None, None), (('data', 'tensor'), None)),
+    }.items():
+        given = inputs(*sizes)
+        placed = jax.device_put(given, NamedSharding(two, P()))
+        found = jax.jit(lambda *given: all_of(*given))(*placed)
+        same(found, jax.device_get(jax.jit(all_of)(*given)))
+        assert specs(found) == wanted, (sizes, specs(found))
     given = inputs(4, 4, 2)
     wanted = jax.device_get(jax.jit(all_of)(*given))
     same(all_of(*jax.device_put(given, NamedSharding(mesh, P(both)))), wanted)
