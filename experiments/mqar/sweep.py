@@ -17,6 +17,7 @@ RATES = (1e-2, 2e-2)
 SEEDS = (0, 1, 2)
 PAIRS = (4, 8, 16, 32, 64)  # 64: not in training
 TRAINED = PAIRS[:-1]
+LONGEST = 256  # tokens of a row, for which attention has room
 
 
 def trials():
@@ -24,6 +25,7 @@ def trials():
         Trial(
             {"cell": cell, "dim": dim, "lr": lr, "seed": seed},
             f"configs/recall.py:{cell},task=mixture,dim={dim},lr={lr},seed={seed}",
+            {"model.mixers.attention.window": LONGEST} if cell == "attention" else {},
         )
         for seed in SEEDS
         for dim in DIMS
