@@ -46,6 +46,7 @@ COMMANDS = (
     "memjax.benchmark",
     "memjax.evaluate",
     "memjax.generate",
+    "memjax.notebooks",
     "memjax.probe",
     "memjax.readme",
     "memjax.sweep",
