@@ -238,7 +238,7 @@ for ax, name, title in zip(axes, ("alpha", "beta"), ("α, erase", "β, write"), 
     ax.set(xlabel="token", title=title)
     ax.grid(alpha=0.25)
 axes[0].set(ylabel="mean over rows", ylim=(-0.02, 1.02))
-axes[1].legend()
+axes[1].legend(loc="upper right")
 plt.show()
 
 # %% [markdown]

@@ -90,12 +90,12 @@ def notebook(source: str, name: str) -> dict[str, Any]:
     """A notebook in version 4.5 of its format."""
     found = []
     for number, (kind, text) in enumerate(cells(source)):
-        cell = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
+        cell: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}}
         if kind == "code":
             cell |= {"execution_count": None, "outputs": []}
         found.append({**cell, "source": text.splitlines(keepends=True)})
     python = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": python, "language_info": {"name": "python"}}
+    metadata: dict[str, Any] = {"kernelspec": python, "language_info": {"name": "python"}}
     metadata |= ACCELERATORS.get(name, {})
     return {"cells": found, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 

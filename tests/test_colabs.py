@@ -14,6 +14,7 @@ from memjax import notebooks
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "colabs").glob("*.py"))
 NAMES = [path.stem for path in SOURCES]
+OF_GRAIN = "Grain multiprocess worker profiling requires jaxlib"  # what it warns old versions of
 ADDRESS = "https://github.com/owner/name"
 SOURCE = "# %% [markdown]\n# # Title\n#\n# Text\n\n# %%\nx = 1\n"
 
@@ -114,5 +115,6 @@ def test_runs(path, tmp_path):
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(made, timeout=600, resources=resources).execute(env=environment)
     outputs = [output for cell in made.cells for output in cell.get("outputs", ())]
-    assert [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"] == []
+    told = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert [line for line in told.splitlines() if OF_GRAIN not in line] == []
     assert sum("image/png" in output.get("data", ()) for output in outputs) >= 2
