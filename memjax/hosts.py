@@ -41,7 +41,8 @@ def initialise(timeout: int = 300) -> None:
     Raises:
       UserError: variables that are incomplete or impossible, or a cluster that cannot be joined.
     """
-    if launched(os.environ) == 1:
+    count = launched(os.environ)
+    if count == 1 or jax.distributed.is_initialized():
         return
     given = explicit(os.environ)
     where = given.get("coordinator_address") or "the address that jax has found"
@@ -62,11 +63,16 @@ def initialise(timeout: int = 300) -> None:
     try:
         jax.distributed.initialize(**given, initialization_timeout=timeout + 60)
     except Exception as err:
-        nothing_found = isinstance(err, ValueError) and "coordinator_address" in str(err)
-        if given or not nothing_found:
+        # What jax says where there is no cluster, and, before it looks for one, in a notebook that
+        # has computed something.
+        alone = any(words in str(err) for words in ("coordinator_address should", "called before"))
+        if given or count or not alone:
             raise UserError(
                 f"no cluster to join ({err}); set {', '.join(VARIABLES)}, or {ALONE}"
             ) from err
+    else:
+        # jax has taken SIGTERM for itself; `signals` is about it.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     finally:
         watch.cancel()
 
@@ -100,9 +106,10 @@ def explicit(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def launched(environment: Mapping[str, str]) -> int | None:
-    """How many processes there are by the user's or the launcher's word; None where none is given.
+    """How many processes there are by the user's or the launcher's word; None where neither says.
 
-    jax's own detection does not ask: two trials side by side in one Slurm job would meet.
+    jax's detection takes a single process for a cluster of one, with a port that depends on the job
+    alone, so that two trials side by side in one job would meet there.
     """
     if environment.get("JAX_NUM_PROCESSES") == "1":
         return 1
