@@ -3,7 +3,7 @@ optimiser's state by the rules of `memjax.axes`.
 
 Parameters carry logical names (`nn.with_logical_partitioning`): their model dimension is split over
 `fsdp`; heads, hidden channels and the vocabulary over `tensor`. Rows of a batch are split over
-`replica`, `data` and `fsdp`.
+`replica`, `data` and `fsdp`, their tokens over `context`.
 """
 
 import math
@@ -27,8 +27,7 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
       devices: default all of them.
 
     Raises:
-      UserError: an unknown axis, an impossible size, sizes that do not use all devices, or a
-        context axis other than 1, which nothing is split over yet.
+      UserError: an unknown axis, an impossible size, or sizes that do not use all devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = dict(sizes), len(devices)
@@ -41,12 +40,6 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
             )
         if size < 1 and size != -1:
             raise UserError(f"{shown}: {name} must be at least 1, or -1 for all other devices.")
-        if name == "context" and size != 1:
-            raise UserError(
-                f"{shown}: context must be 1, as splitting a sequence over devices is not there "
-                "yet; split rows (data, fsdp) or heads (tensor), and for long rows set "
-                "config.model.remat=full or a larger config.accumulate."
-            )
     shape = [sizes.get(name, 1) for name in MESH_AXES]
     if shape.count(-1) > 1:
         raise UserError(f"{shown}: only one axis can be -1.")
@@ -66,11 +59,12 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
     )
 
 
-def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
-    """How `[batch, ...]` arrays lie: rows split over the axes of "batch".
+def batch_sharding(mesh: Mesh, rows: int | None = None, length: int | None = None) -> NamedSharding:
+    """How `[batch, ...]` arrays lie: rows split over the axes of "batch"; with a length those of
+    `[batch, length, ...]`, tokens split over the axis of "seq".
 
     Raises:
-      UserError: `rows` is given and the number of parts does not divide it.
+      UserError: `rows` or `length` is given and the number of parts does not divide it.
     """
     parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if rows is not None and rows % parts:
@@ -79,7 +73,15 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
             f"the product of {', '.join(RULES['batch'])} in the mesh {dict(mesh.shape)}; choose "
             f"a multiple of {parts}."
         )
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    if length is None:
+        return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    (axis,) = RULES["seq"]
+    if length % mesh.shape[axis]:
+        raise UserError(
+            f"config.mesh.{axis}={mesh.shape[axis]} does not divide rows of {length} tokens; "
+            "choose a divisor, or another length of rows"
+        )
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], axis))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -233,9 +233,11 @@ class Training:
         return make(jax.random.key(self.seed))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Moves a batch to the devices, rows spread over them."""
-        placed = sharding.batch_sharding(self.mesh, len(batch["inputs"]))
-        return {name: jax.device_put(array, placed) for name, array in batch.items()}
+        """Moves a batch to the devices, rows and tokens spread over them."""
+        return {
+            name: jax.device_put(array, sharding.batch_sharding(self.mesh, *array.shape[:2]))
+            for name, array in batch.items()
+        }
 
     def evaluation(self, params: PyTree, limit: int | None = None) -> dict[str, float]:
         """Held-out metrics over all evaluation batches, or over `limit` of them."""
@@ -280,7 +282,8 @@ def build(config: Any) -> Training:
     model = LanguageModel(model_config)
     optimizer, schedule = optim.make(config.optim, config.steps)
     mesh = sharding.mesh(config.mesh)
-    sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
+    for length in (source.length, source.evaluation_length):  # refuses what does not fit
+        sharding.batch_sharding(mesh, config.batch // config.accumulate, length)
     step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)
     run = Training(
         model=model,

@@ -141,10 +141,6 @@ def test_one_device():
             "config.mesh=dict(fdsp=2): no mesh axis 'fdsp'; axes: replica, data, fsdp, context, t",
         ),
         (dict(data=0), "config.mesh=dict(data=0): data must be at least 1, or -1 for all other"),
-        (
-            dict(context=2),
-            "config.mesh=dict(context=2): context must be 1, as splitting a sequence over devices",
-        ),
         (dict(data=-1, fsdp=-1), "config.mesh=dict(data=-1, fsdp=-1): only one axis can be -1."),
     ],
 )

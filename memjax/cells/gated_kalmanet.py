@@ -26,7 +26,9 @@ from memjax.recurrence import (
     accumulator_dtype,
     dot,
     from_chunks,
+    passing,
     per_head,
+    per_state,
     power_of_two_at_least,
     promote,
     select,
@@ -118,8 +120,7 @@ class GatedKalmaNet(MemoryCell):
         (x, *_), _ = lax.scan(iterate, start, None, length=self.iterations)
         return x
 
-    @per_head
-    def chunked(self, params, state, xs, reset, write):
+    def one_head(self, params, state, xs, reset, write):
         """All tokens of a chunk are solved for at once; H_t x_t = f_t x_t H + ((x k^T) . D) k, with
         the decays D and f of `memjax.cells._matrix`, and no H_t is formed."""
         dtype, length = accumulator_dtype(state, xs), xs.q.shape[0]
@@ -167,6 +168,20 @@ class GatedKalmaNet(MemoryCell):
 
         final, y = lax.scan(chunk, state, to_chunks(tokens, size))
         return from_chunks(y, length).astype(output), final
+
+    chunked = per_head(one_head)
+
+    @per_state
+    def fold(self, params, state, xs, reset, write):
+        """The decay over all tokens, beside the moments."""
+        g = promote(xs.g, accumulator_dtype(state, xs))
+        _, new = self.one_head(params, state, xs, reset, write)
+        return jnp.exp(passing(g, reset, write)), new
+
+    def compose(self, later, earlier):
+        """Decays multiplied, moments faded and added."""
+        (through, new), (before, old) = later, earlier
+        return through * before, jax.tree.map(lambda a, b: through * a + b, old, new)
 
 
 class GatedKalmaNetMixer(DeltaNetMixer):
