@@ -26,7 +26,7 @@ FADING = ("log_decay", "rate", "multiple")
 CASES = {case.name: case for case in contract.cases() if case.cell.folds}
 FIRST = "gated_delta_net"
 OTHERS = [f"{FIRST}:float64", *(name for name in CASES if name != FIRST)]
-GROUPS = [",".join(OTHERS[i::6]) for i in range(6)]
+GROUPS = [",".join(OTHERS[i::9]) for i in range(9)]
 
 
 def problem(case: Case, length: int = TOKENS) -> Given:

@@ -105,6 +105,16 @@ except UserError as err:
         "'tensor': 1}; choose a multiple of 8."), err
 else:
     raise AssertionError
+shared = sharding.mesh(dict(data=2, context=4))
+assert sharding.batch_sharding(shared, 6, 8).shard_shape((6, 8, 5)) == (3, 2, 5)
+try:
+    sharding.batch_sharding(shared, 6, 10)
+except UserError as err:
+    assert str(err) == (
+        "config.mesh.context=4 does not divide rows of 10 tokens; choose a divisor, or another "
+        "length of rows"), err
+else:
+    raise AssertionError
 print('fine')
 """
 

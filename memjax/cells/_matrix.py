@@ -148,12 +148,15 @@ class MatrixMemory(MemoryCell):
 
     @per_state
     def fold(self, params, state, xs, reset, write):
-        """A [K, K], or its diagonal [K, 1] where it is one, beside the state: the tokens without
-        their values make it of the identity, or of ones."""
+        """See `fold_terms`."""
         dtype = accumulator_dtype(state, xs)
-        state, terms = self.fresh(params, dtype) if state is None else state, promote(xs, dtype)
-        terms = self.terms(terms)
-        rows, columns = state.shape
+        state = self.fresh(params, dtype) if state is None else state
+        return self.fold_terms(state, self.terms(promote(xs, dtype)), reset, write)
+
+    def fold_terms(self, state, terms, reset, write):
+        """A [K, K], or its diagonal [K, 1] where it is one, and the final state: the tokens without
+        their values make A of the identity, or of ones."""
+        (rows, columns), dtype = state.shape, state.dtype
         dense = terms.beta is not None or terms.a is not None
         one = jnp.eye(rows, dtype=dtype) if dense else jnp.ones((rows, 1), dtype)
         nothing = jnp.zeros((*terms.v.shape[:-1], one.shape[1]), dtype)

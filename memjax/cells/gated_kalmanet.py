@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.cells._matrix import decay_to_end, decays
+from memjax.cells._matrix import Terms, decay_to_end, decays
 from memjax.cells.delta_net import DeltaNetMixer
+from memjax.cells.simple_gla import SimpleGLA
 from memjax.nn.layers import Gate, LogDecay
 from memjax.recurrence import (
     accumulator_dtype,
     dot,
     from_chunks,
-    passing,
     per_head,
     per_state,
     power_of_two_at_least,
@@ -120,7 +120,8 @@ class GatedKalmaNet(MemoryCell):
         (x, *_), _ = lax.scan(iterate, start, None, length=self.iterations)
         return x
 
-    def one_head(self, params, state, xs, reset, write):
+    @per_head
+    def chunked(self, params, state, xs, reset, write):
         """All tokens of a chunk are solved for at once; H_t x_t = f_t x_t H + ((x k^T) . D) k, with
         the decays D and f of `memjax.cells._matrix`, and no H_t is formed."""
         dtype, length = accumulator_dtype(state, xs), xs.q.shape[0]
@@ -169,17 +170,21 @@ class GatedKalmaNet(MemoryCell):
         final, y = lax.scan(chunk, state, to_chunks(tokens, size))
         return from_chunks(y, length).astype(output), final
 
-    chunked = per_head(one_head)
-
     @per_state
     def fold(self, params, state, xs, reset, write):
-        """The decay over all tokens, beside the moments."""
-        g = promote(xs.g, accumulator_dtype(state, xs))
-        _, new = self.one_head(params, state, xs, reset, write)
-        return jnp.exp(passing(g, reset, write)), new
+        """Nothing is solved: both moments are gated linear attention, of one matrix [H | U]."""
+        dtype = accumulator_dtype(state, xs)
+        xs, state = promote(xs, dtype), self.fresh(params, dtype) if state is None else state
+        if write is not None:
+            xs = select(write, xs, jax.tree.map(jnp.zeros_like, xs))
+        k, v = xs.beta[:, None] * xs.k, xs.beta[:, None] * xs.v
+        terms = Terms(k, k, jnp.concatenate([k, v], axis=1), xs.g)
+        joined = SimpleGLA(self.key_dim, self.key_dim + self.value_dim, chunk=self.chunk)
+        through, new = joined.fold_terms(jnp.concatenate(state, axis=1), terms, reset, write)
+        return through, Moments(*jnp.split(new, [self.key_dim], axis=1))
 
     def compose(self, later, earlier):
-        """Decays multiplied, moments faded and added."""
+        """As of gated linear attention."""
         (through, new), (before, old) = later, earlier
         return through * before, jax.tree.map(lambda a, b: through * a + b, old, new)
 
