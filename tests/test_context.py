@@ -191,7 +191,7 @@ HYBRID = {  # rotary attention, a delayed memory behind a token shift, channel m
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            "attention+rwkv4,layers=1",
+            "attention+mixture_of_memories(delta_net),layers=1",
             {"fsdp": 2, "context": 4},
             {"accumulate": 2},
             marks=pytest.mark.slow,
