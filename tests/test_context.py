@@ -172,9 +172,8 @@ def test_lags_cross_devices():
 # ---------------------------------------------------------------- training
 
 CONVOLUTION = {"model.mixers.linear_attention.convolution": 4}
-HYBRID = {  # rotary attention, a delayed memory behind a token shift, channel mixers with a shift
+HYBRID = {  # rotary attention, a delayed memory behind a token shift, a channel mixer with a shift
     "model.channel": "rwkv7_channel",
-    "model.remat": "full",
     "model.mixers.hybrid.combine": "window_exit",
     "model.mixers.sliding_window.window": 16,
 }
@@ -185,15 +184,15 @@ HYBRID = {  # rotary attention, a delayed memory behind a token shift, channel m
     [
         ("linear_attention,layers=1", {"fsdp": 1, "context": 8}, CONVOLUTION),
         pytest.param(
-            "hybrid(sliding_window,rwkv7),layers=2",
+            "hybrid(sliding_window,rwkv7),layers=1",
             {"data": 2, "fsdp": 1, "context": 2, "tensor": 2},
             HYBRID,
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            "attention+mixture_of_memories(delta_net),layers=1",
+            "attention+mixture_of_memories(delta_net),layers=2",
             {"fsdp": 2, "context": 4},
-            {"accumulate": 2},
+            {"accumulate": 2, "model.remat": "full"},
             marks=pytest.mark.slow,
         ),
     ],
