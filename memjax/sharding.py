@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -59,6 +60,11 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
     )
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def batch_sharding(mesh: Mesh, rows: int | None = None, length: int | None = None) -> NamedSharding:
     """How `[batch, ...]` arrays lie: rows split over the axes of "batch"; with a length those of
     `[batch, length, ...]`, tokens split over the axis of "seq".
@@ -66,7 +72,7 @@ def batch_sharding(mesh: Mesh, rows: int | None = None, length: int | None = Non
     Raises:
       UserError: `rows` or `length` is given and the number of parts does not divide it.
     """
-    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    parts = row_parts(mesh)
     if rows is not None and rows % parts:
         raise UserError(
             f"config.batch / config.accumulate = {rows} rows do not divide into {parts} parts, "
@@ -82,6 +88,22 @@ def batch_sharding(mesh: Mesh, rows: int | None = None, length: int | None = Non
             "choose a divisor, or another length of rows"
         )
     return NamedSharding(mesh, PartitionSpec(RULES["batch"], axis))
+
+
+def share(mesh: Mesh, rows: int) -> list[int] | None:
+    """Which rows of a batch lie on devices of this process, in order; None for all of them."""
+    places = batch_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values()
+    here = np.unique([row for place in places if place for row in range(rows)[place[0]]]).tolist()
+    return None if len(here) == rows else here
+
+
+def placed(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """A batch [rows, length, ...], or a fact of each row, on the devices; a process gives the rows
+    of `share`, whole."""
+    parts = row_parts(mesh)
+    rows = len(array) * parts // len(share(mesh, parts) or range(parts))
+    lie = batch_sharding(mesh, None, *array.shape[1:2])
+    return jax.make_array_from_process_local_data(lie, array, (rows, *array.shape[1:]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

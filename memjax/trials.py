@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -11,11 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from memjax import config, results
+from memjax.locks import lock
 from memjax.train import MAY_CHANGE
 
 
@@ -116,6 +116,11 @@ class Sweep:
         parts = [{"experiment": part.name, **row} for part in self.parts for row in part.shown()]
         return [*parts, *self.rows().values()]
 
+    def readmes(self) -> list[str]:
+        """The files that show its tables."""
+        names = ("README.md", *getattr(self.module, "READMES", ()))
+        return [os.path.join(self.folder, name) for name in names]
+
     def tables(self) -> dict[str, results.Table]:
         """The tables of its README.md."""
         return self.module.tables(self.shown())
@@ -155,20 +160,10 @@ class Sweep:
             yield
 
     def show(self) -> None:
-        """Writes the tables into the README.md and draws the picture."""
+        """Writes the tables into the README.md, and others that it names, and draws the picture."""
         if not self.shown():
             raise config.UserError(f"{self.results} has no row; run the sweep without --show first")
-        results.write_tables(os.path.join(self.folder, "README.md"), self.tables())
+        for readme in self.readmes():
+            results.write_tables(readme, self.tables())
         figure = self.module.draw(self.shown())
         figure.savefig(os.path.join(self.folder, f"{self.name}.png"))
-
-
-def lock(file: TextIO, wait: bool) -> bool:
-    """Locks a file until every process that was given it has closed it; False if it is locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
