@@ -97,7 +97,7 @@ def per_head(form: Callable, axis: int = 1) -> Callable:
     return lifted
 
 
-per_state = functools.partial(per_head, axis=0)
+per_state = functools.partial(per_head, axis=0)  # lifts a fold (see `MemoryCell.fold`)
 
 
 def memories(params: PyTree, state: PyTree, xs: PyTree) -> int:
@@ -370,9 +370,9 @@ def lags(
         return None, form(*given)[1]
 
     mesh = spans.sharing((x, reset))
-    tokens, rest = divmod(x.shape[1], mesh.shape[spans.AXIS]) if mesh else (0, 0)
+    tokens, rest = divmod(x.shape[1], 1 if mesh is None else mesh.shape[spans.AXIS])
     if mesh is None or write is not None or rest or tokens < tail.shape[1]:
-        return form(None, tail, x, reset, write)
+        return form(None, tail, x, reset, write)  # split by the compiler, if at all
     shared = spans.split(form, behind, None, mesh)
     return shared(None, tail, jnp.zeros_like(tail), x, reset, write)
 
