@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment first; that takes under a second when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-fast test-slow test-kernels test-optional test-floor lint benchmark constraints \
+.PHONY: help quickstart test test-all test-fast test-slow test-kernels test-optional test-floor lint docs benchmark constraints \
         environment clean
 
 PYTHON := .venv/bin/python
@@ -47,14 +47,18 @@ lint: environment ## ruff and mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
+docs: environment ## the documentation site, in build/docs; no link may be broken
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
+
 benchmark: environment ## speed and peak memory of the cells' forms
 	$(PYTHON) -m memjax.benchmark $(ARGS)
 
 constraints: ## look up the newest versions again (needs uv and a network)
 	{ echo '# The versions that memjax is tested with. Written by "make constraints".'; \
 	  echo jax-cuda13-plugin | uv pip compile -q --universal --python-version 3.11 --no-header \
-	    --no-annotate --extra dev --extra logging --extra notebooks --extra tfds --extra tpu \
-	    pyproject.toml -; \
+	    --no-annotate --extra dev --extra docs --extra logging --extra notebooks --extra tfds \
+	    --extra tpu pyproject.toml -; \
 	} >constraints.new && mv constraints.new constraints.txt
 
 environment:
