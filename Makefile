@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment first; that takes under a second when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-fast test-slow test-kernels test-optional test-floor lint benchmark constraints \
+.PHONY: help quickstart sweep-demo test test-all test-fast test-slow test-kernels test-optional test-floor lint benchmark constraints \
         environment clean
 
 PYTHON := .venv/bin/python
@@ -14,6 +14,14 @@ help: ## list the targets
 
 quickstart: environment ## train a small hybrid model on the standard library's sources
 	$(PYTHON) -m memjax.train --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
+
+# Rows, table and picture come to runs/sweep_demo; without that folder it begins anew.
+sweep-demo: environment ## 12 trials of cells and learning rates through Ray and Optuna, in runs/sweep_demo
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[sweeps]'
+	mkdir -p runs/sweep_demo
+	cp experiments/learning_rate/sweep.py experiments/learning_rate/README.md runs/sweep_demo/
+	$(CPU) $(PYTHON) -m memjax.sweep --sweep=runs/sweep_demo/sweep.py --address=local $(ARGS)
+	@echo "table:   runs/sweep_demo/README.md"; echo "picture: runs/sweep_demo/sweep_demo.png"
 
 test: lint test-fast ## lint and the fast tests; ARGS="-k name" is passed to pytest
 
@@ -32,9 +40,14 @@ test-kernels: environment ## all tests of pallas_kernels/; it installs what comp
 	    --no-deps --target .venv/cuda jax-cuda13-plugin jax-cuda13-pjrt
 	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
 
+# SkyPilot wants older versions of common packages: it has an environment of its own, of 0.45 GB.
 test-optional: environment ## the tests that need optional packages, which it installs
-	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[tfds,logging]'
-	$(CPU) $(PYTHON) -m pytest -q tests/test_sources.py tests/test_metrics.py
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \
+	    -e '.[tfds,logging,sweeps]'
+	test -x .venv/skypilot/bin/sky || { $(PYTHON) -m venv .venv/skypilot && .venv/skypilot/bin/python -m \
+	    pip install -q --disable-pip-version-check skypilot==0.14.1; }
+	$(CPU) $(PYTHON) -m pytest -q tests/test_sources.py tests/test_metrics.py tests/test_sweep_parts.py \
+	    tests/test_sweep_ray.py
 
 test-floor: ## the fast tests on the oldest versions that are supported, with Python 3.11
 	@.ci/environment .venv-floor constraints-floor.txt 3.11

@@ -6,12 +6,22 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from fake_sweeps import CONFIG, FILE, README, begun, command, file, made, rows_of
+from fake_sweeps import (
+    CONFIG,
+    FILE,
+    README,
+    begun,
+    command,
+    file,
+    made,
+    process_of,
+    rows_of,
+    tell,
+    wait_for_a_run,
+)
 from matplotlib.figure import Figure
 
 from memjax import config, evaluate, results, sweep, trials
@@ -79,7 +89,7 @@ def test_a_run_from_another_evaluated_several_times(file, command, monkeypatch):
         return dict(arguments)
 
     monkeypatch.setattr(evaluate, "evaluate", figures)
-    monkeypatch.setenv("FAKE_SECONDS", "0.2")
+    tell(file, seconds=0.2)
     file.write_text(file.read_text() + STARTED.replace("{CONFIG}", CONFIG))
     file.write_text(file.read_text().replace('"cell"', '"part"'))
     code, out, err = command(f"--sweep={file}", "--jobs=2")
@@ -216,40 +226,17 @@ def test_dry_run(file, command, monkeypatch):
     assert lines[0].endswith("mqar.py:delta_net,seed=1 --config.batch=4")
 
 
-BEGIN = (
-    "import sys; from absl import app; from memjax import config, sweep, trials; "
-    "trials.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
-    "sweep.define_flags(); "
-    "app.run(sweep.main, flags_parser=lambda a: config.parse_flags(a, config=False))"
-)
-
-
-def process_of(file, seconds, only="cell=delta_net"):
-    """The command as a process of its own, in which each run takes so long."""
-    environment = {"FAKE_SECONDS": str(seconds), "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-c", BEGIN, f"--sweep={file}", f"--only={only}"],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_a_run(file, process):
-    while not made(file):
-        time.sleep(0.1)
-        assert process.poll() is None
-
-
 def test_an_interrupted_sweep_continues(file):
     """SIGTERM ends it with the code of an unfinished run and its rows; again, it goes on."""
-    process = process_of(file, 60)
+    tell(file, seconds=60)
+    process = process_of(file, "--only=cell=delta_net")
     wait_for_a_run(file, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "the same command continues" in out
     assert made(file) == 1 and rows_of(file) == []
-    again = process_of(file, 0)
+    tell(file)
+    again = process_of(file, "--only=cell=delta_net")
     again.communicate(timeout=120)
     assert again.returncode == 0 and len(rows_of(file)) == 2
 
@@ -257,7 +244,8 @@ def test_an_interrupted_sweep_continues(file):
 @pytest.mark.parametrize("kill", [False, True])
 def test_one_run_in_a_folder(file, command, kill):
     """Another sweep's run is waited for, also when that sweep was killed; it is not made twice."""
-    process = process_of(file, 4, only="cell=delta_net,seed=0")
+    tell(file, seconds=4)
+    process = process_of(file, "--only=cell=delta_net,seed=0")
     wait_for_a_run(file, process)
     if kill:
         process.kill()

@@ -54,10 +54,11 @@ class Cluster(Runner):
         self._connect(address)
         room = sum(self._room().values())
         if not room:
+            nodes = self._nodes_in_words()
             self.ray.shutdown()
             raise UserError(
                 f"--hosts={hosts} with --resources={_words(resources)}: the cluster at {address} "
-                f"has no room for it; its nodes have {self._nodes_in_words()}"
+                f"has no room for it; its nodes have {nodes}"
             )
         super().__init__(sweep, jobs or room, root, retries, one_core=resources == {"CPU": 1})
 
