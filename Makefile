@@ -63,8 +63,8 @@ benchmark: environment ## speed and peak memory of the cells' forms
 constraints: ## look up the newest versions again (needs uv and a network)
 	{ echo '# The versions that memjax is tested with. Written by "make constraints".'; \
 	  echo jax-cuda13-plugin | uv pip compile -q --universal --python-version 3.11 --no-header \
-	    --no-annotate --extra dev --extra logging --extra notebooks --extra tfds --extra tpu \
-	    pyproject.toml -; \
+	    --no-annotate --extra dev --extra logging --extra notebooks --extra sweeps --extra tfds \
+	    --extra tpu pyproject.toml -; \
 	} >constraints.new && mv constraints.new constraints.txt
 
 environment:

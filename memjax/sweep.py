@@ -42,6 +42,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags, logging
 
 from memjax import config, results
@@ -184,6 +185,8 @@ def main(argv: Sequence[str]) -> int:
         raise config.UserError(f"{argv[1]!r} is no flag; flags begin with --")
     logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     given = flags.FLAGS
+    if given.address:
+        jax.config.update("jax_platforms", "cpu")  # accelerators are for the runs
     sweep = Sweep(given.sweep)
     sweeps = sweep.sweeps()
     if given.rehash:

@@ -49,6 +49,8 @@ def tables(rows):
 def draw(rows):
     return Figure()
 """
+
+
 def test_trains_what_is_missing_and_names_what_fails(file, command):
     code, out, err = command(f"--sweep={file}", "--jobs=2")
     assert code == 1 and "failed: rwkv4-1" in err and "rwkv4-1: failed" in out
@@ -220,7 +222,7 @@ def test_show_trains_nothing(file, command):
 def test_dry_run(file, command, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(file.parent.parent)
-    code, out, _ = command(f"--sweep={file}", "--dry_run", "--only=seed=1")
+    code, out, _ = command(f"--sweep={file}", "--dry-run", "--only=seed=1")
     lines = [line for line in out.splitlines() if "memjax.train" in line]
     assert code == 0 and len(lines) == 2 and made(file) == 0
     assert lines[0].endswith("mqar.py:delta_net,seed=1 --config.batch=4")

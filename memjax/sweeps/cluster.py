@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memjax.errors import UNFINISHED, UserError, optional
+from memjax.errors import DIVERGED, UNFINISHED, UserError, optional
 from memjax.sweeps import process
 from memjax.sweeps.runner import Runner, evaluation
 from memjax.trials import Sweep
@@ -64,7 +64,7 @@ class Cluster(Runner):
 
     def attempt(self, job: process.Job) -> int:
         if self.hosts == 1:
-            return self._ended([self._begin(job, **self._options())])
+            return self._alone(job)
         with self._gang() as placed:
             where = [self._placed(placed, index) for index in range(self.hosts)]
             ask = self.ray.remote(process.free_address).options(**where[0] | {"num_cpus": 0})
@@ -81,15 +81,16 @@ class Cluster(Runner):
 
     def evaluate(self, workdir: str, path: str, arguments: Mapping[str, int]) -> None:
         job = self.job(evaluation(workdir, path, arguments), path, f"{workdir}.log")
-        code = self._ended([self._begin(job, **self._options())])
-        if code:
-            raise RuntimeError(f"the evaluation of {workdir} ended with exit code {code}")
+        self.finish(job, workdir, self._alone)
 
     def close(self) -> None:
         """Leaves the cluster, and ends it where it was of this process."""
         self.ray.shutdown()
 
     # ---------------------------------------------------------------- tasks
+
+    def _alone(self, job: process.Job) -> int:
+        return self._ended([self._begin(job, **self._options())])
 
     def _begin(self, job: process.Job, **options: Any) -> Any:
         # Attempts are counted in `Runner`, for tasks, gangs and processes alike.
@@ -116,9 +117,10 @@ class Cluster(Runner):
             self.ray.cancel(task)
         if waiting:
             self.ray.wait(waiting, num_returns=len(waiting), timeout=2 * process.SAVING)
-        if self.stopped.is_set() or any(code < 0 or code == UNFINISHED for code in codes):
+        if self.stopped.is_set():
             return UNFINISHED
-        return max(codes)
+        lost = any(code < 0 or code == UNFINISHED for code in codes)
+        return UNFINISHED if lost and DIVERGED not in codes else max(codes)
 
     def _code(self, task: Any) -> int:
         errors = self.ray.exceptions

@@ -148,7 +148,7 @@ class Runner(abc.ABC):
         )
         with self.workdirs.setdefault(workdir, threading.Lock()):
             if not process.finished(job.done):
-                self._finish(job, workdir)
+                self.finish(job, workdir, self.attempt)
         found = process.finished(job.done)
         if not found:
             raise Failed("")
@@ -158,20 +158,20 @@ class Runner(abc.ABC):
         """A command of this sweep."""
         return process.Job(tuple(command), done, log, self.environment, os.getcwd())
 
-    def _finish(self, job: process.Job, workdir: str) -> None:
-        """Runs a job, again while it is interrupted. Raises Failed when it fails."""
+    def finish(self, job: process.Job, workdir: str, attempt: Callable[[process.Job], int]) -> None:
+        """Runs a job by `attempt`, again while it is interrupted. Raises Failed when it fails."""
         left, reached = self.retries, _last_checkpoint(workdir)
         while True:
             begin = os.path.getsize(job.log) if os.path.exists(job.log) else 0
-            code = self.attempt(job)
-            interrupted = code == UNFINISHED or code < 0
-            step = _last_checkpoint(workdir)
-            left = self.retries if step > reached else left - 1
-            if code and (self.stopped.is_set() or left < 0 or not interrupted):
-                raise Failed(_lasting(code, job.log, begin))
+            code = attempt(job)
             if not code:
                 return
+            step = _last_checkpoint(workdir)
+            left = self.retries if step > reached else left - 1
             reached = step
+            interrupted = code == UNFINISHED or code < 0
+            if not interrupted or left < 0 or self.stopped.is_set():
+                raise Failed(_lasting(code, job.log, begin))
             where = f"continues from step {step}" if step else "begins again"
             self.note(f"{os.path.basename(workdir)}: interrupted (exit code {code}); {where}")
 
