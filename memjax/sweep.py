@@ -32,7 +32,8 @@ Runs are processes of this machine or, with `--address`, tasks of a Ray cluster,
 with `--hosts`; `--export` writes what runs the sweep elsewhere. docs/sweeps.md tells of both.
 
 In place of trials, a file may have PARTS, the names of other experiments. They are run and shown
-first; then tables and draw are given the rows of all of them, each with its "experiment".
+first; then tables and draw are given the rows of all of them, each with its "experiment". READMES
+names other files that show the same tables, such as ("../../README.md",).
 """
 
 import functools
