@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -174,6 +175,7 @@ class Cluster(Runner):
 
     def _connect(self, address: str) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             self.ray.init(
                 address=address,
@@ -186,6 +188,7 @@ class Cluster(Runner):
                 f"--address={address}: no Ray cluster there ({err}); begin one with `ray start "
                 "--head`, or write --address=local for one of this machine alone"
             ) from err
+        signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
 
     def _room(self) -> dict[str, int]:
         """Slice -> runs that it has room for at once; the nodes of none are under ''."""
