@@ -36,7 +36,8 @@ README = "# Which?\n\n<!-- table: accuracy -->\nold\n<!-- /table -->\n\nThat one
 # Stands for the training command: fails on rwkv4, seed 1, unless a file says otherwise. fake.json
 # may have the seconds that a run takes, and by the run's name the exit codes of the first times it
 # is begun (with 75 it leaves a checkpoint), and how often it hangs before it goes on. Processes of
-# one run, NAME/INDEX, meet at their address. runs.txt and pids.txt say what was begun.
+# one run, NAME/INDEX, meet at their address. runs.txt says what was begun, pids.txt by which worker
+# and raylet of Ray.
 FAKE = """
 import json, os, socket, sys, time
 workdir = sys.argv[1]
@@ -50,7 +51,7 @@ with open(log, "a") as file:
     file.write(" ".join([label, *sys.argv[2:]]) + "\\n")
 key = name.rpartition("-")[0] + member
 with open("pids.txt", "a") as file:
-    file.write(f"{key} {os.getpid()} {os.getppid()} {os.environ.get('RAY_RAYLET_PID', 0)}\\n")
+    file.write(f"{key} {os.getppid()} {os.environ.get('RAY_RAYLET_PID', 0)}\\n")
 with open(log) as file:
     begun = sum(line.split()[0] == label for line in file)
 if process:

@@ -74,8 +74,8 @@ def nodes():
 
 
 def pids(file, name):
-    """Of the run with this name that was begun last: its process, Ray's worker and the node's
-    raylet. Waits for it."""
+    """Of the run with this name that was begun last: Ray's worker and the node's raylet. Waits for
+    it."""
     path = file.parent.parent / "pids.txt"
     end = time.monotonic() + 120
     while time.monotonic() < end:
@@ -92,20 +92,19 @@ def raylet_of(node):
 
 
 def test_a_killed_worker_and_a_lost_node(file, command, nodes):
-    """What hangs there is begun again elsewhere, and the processes that were left end."""
+    """What hangs there is begun again elsewhere; not before the processes that were left end, which
+    would otherwise take 600 seconds."""
     (file.parent.parent / "mended").touch()
     tell(file, hangs={"delta_net-0": 1, "delta_net-1": 1})
     simulated, added = nodes({"num_cpus": 1}, {"num_cpus": 1}, {"num_cpus": 1})
     sweeping = process_of(file, f"--address={simulated.address}")
-    of_worker, worker, _ = pids(file, "delta_net-0")
+    worker, _ = pids(file, "delta_net-0")
     os.kill(worker, signal.SIGKILL)
-    of_node, _, raylet = pids(file, "delta_net-1")
+    _, raylet = pids(file, "delta_net-1")
     (lost,) = (node for node in added if raylet_of(node) == raylet)
     simulated.remove_node(lost, allow_graceful=False)
     out, _ = sweeping.communicate(timeout=200)
     assert sweeping.returncode == 0 and out.count("begins again") == 2, out
-    for pid in (of_worker, of_node):
-        assert not pathlib.Path(f"/proc/{pid}").exists()
     times = collections.Counter(name.rpartition("-")[0] for name in begun(file))
     assert times == {"delta_net-0": 2, "delta_net-1": 2, "rwkv4-0": 1, "rwkv4-1": 1}
     rows = rows_of(file)
@@ -133,7 +132,7 @@ def test_gangs(file, command, nodes, monkeypatch):
     logs = [path.name for path in (file.parent.parent / "runs" / "experiment").glob("*.log")]
     assert len(logs) == 4 and sum(name.endswith(".1.log") for name in logs) == 2
     of_slice = dict(zip(map(raylet_of, added), "AABBC", strict=True))
-    of_run = [[of_slice[pids(file, f"delta_net-{n}/{i}")[2]] for i in (0, 1)] for n in (0, 1)]
+    of_run = [[of_slice[pids(file, f"delta_net-{n}/{i}")[1]] for i in (0, 1)] for n in (0, 1)]
     assert of_run in ([["A", "A"], ["B", "B"]], [["B", "B"], ["A", "A"]])
 
 
