@@ -91,6 +91,15 @@ def raylet_of(node):
     return node.all_processes["raylet"][0].process.pid
 
 
+def test_no_cluster(file, command, monkeypatch):
+    def refused(**_):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr(ray, "init", refused)
+    code, _, err = command(f"--sweep={file}", "--address=auto")
+    assert code == 2 and "--address=auto: no Ray cluster there" in err and err.count("\n") == 1
+
+
 def test_a_killed_worker_and_a_lost_node(file, command, nodes):
     """What hangs there is begun again elsewhere; not before the processes that were left end, which
     would otherwise take 600 seconds."""

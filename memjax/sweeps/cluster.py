@@ -185,8 +185,9 @@ class Cluster(Runner):
             )
         except ConnectionError as err:
             raise UserError(
-                f"--address={address}: no Ray cluster there ({err}); begin one with `ray start "
-                "--head`, or write --address=local for one of this machine alone"
+                f"--address={address}: no Ray cluster there that lets this program in ({err}). "
+                "Begin one with `ray start --head`, set RAY_AUTH_MODE=token if that speaks of a "
+                "token, or write --address=local for a cluster of this machine alone"
             ) from err
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
 

@@ -106,26 +106,15 @@ setup: |
   python3 -m uv venv --quiet --allow-existing --seed --python 3.12 ~/memjax
   ~/memjax/bin/python -m pip install --quiet -c constraints.txt -e '.[tpu,sweeps]'
 run: |
-  export PATH=~/memjax/bin:$PATH
-  head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
-  if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
-    until ray start --address="$head:6379"; do sleep 5; done
-    while ray health-check --address="$head:6379"; do sleep 10; done
-    ray stop
-    exit 0
-  fi
-  ray start --head --port=6379
-  RAY_ADDRESS="$head:6379" python - <<END
-  import os, time, ray
-  ray.init(log_to_driver=False)
-  while sum(node["Alive"] for node in ray.nodes()) < len(os.environ["SKYPILOT_NODE_IPS"].split()):
-      time.sleep(5)
-  END
+  export PATH=~/.local/bin:$PATH
+  . ~/memjax/bin/activate
+  export RAY_AUTH_MODE=disabled  # from outside SkyPilot's network admits ssh alone
+  ~/sky_templates/ray/start_cluster  # SkyPilot's own script, which waits for all hosts
+  if [ "$SKYPILOT_NODE_RANK" != 0 ]; then exit 0; fi
   code=0
   {command} || code=$?
   mkdir -p /outputs/{folder}
   cp {folder}/README.md {folder}/results.jsonl {folder}/*.png /outputs/{folder}/ || true
-  ray stop
   exit $code
 """
 
@@ -159,7 +148,7 @@ def skypilot(
     path = os.path.relpath(sweep.path)
     if path.startswith(os.pardir):
         raise UserError(f"--sweep={path}: give the command in the checkout that has the sweep")
-    command = ["python", "-m", "memjax.sweep", f"--sweep={path}", "--address=$head:6379"]
+    command = ["python", "-m", "memjax.sweep", f"--sweep={path}", "--address=127.0.0.1:6379"]
     command += ["--runs=/outputs/runs"]
     command += [f"--resources={','.join(f'{name}={n:g}' for name, n in needed.items())}"]
     command += [f"--hosts={place.hosts}"] if whole and place.hosts > 1 else []
@@ -172,5 +161,5 @@ def skypilot(
         runtime=place.runtime,
         bucket=bucket,
         folder=os.path.dirname(path),
-        command=" ".join(word if "$" in word else shlex.quote(word) for word in command),
+        command=shlex.join(command),
     )
