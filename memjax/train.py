@@ -7,19 +7,27 @@ The same command continues a run that was interrupted, bit for bit on CPU. The w
 config.json, metrics.jsonl, checkpoints/, loss.png and summary.json. Exit codes: 0 finished, 75
 interrupted by SIGTERM or Ctrl-C after saving, 3 a loss that is not finite, 2 a mistake in the
 request, 1 a defect.
+
+On several hosts, start the same command on each, with a workdir that all of them share. TPU slices,
+Slurm (srun), Open MPI and Kubernetes are found by jax; elsewhere set on each host
+
+    JAX_COORDINATOR_ADDRESS=HOST:PORT    of process 0, a port that is free there
+    JAX_NUM_PROCESSES=2
+    JAX_PROCESS_ID=0    or 1
+
+JAX_NUM_PROCESSES=1 trains in this process alone. SIGTERM or Ctrl-C to one of several saves and ends
+all.
 """
 
 import itertools
 import math
 import os
 import platform
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from importlib import metadata
 from typing import Any
 
@@ -27,7 +35,17 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from memjax import __version__, checkpoint, config, generate, metrics, progress, train_step
+from memjax import (
+    __version__,
+    checkpoint,
+    config,
+    generate,
+    hosts,
+    locks,
+    metrics,
+    progress,
+    train_step,
+)
 from memjax.data import tokens as text_tokens
 from memjax.errors import DIVERGED, UNFINISHED
 from memjax.nn.lm import capacity, initial_state
@@ -45,14 +63,15 @@ def train(settings: Any, workdir: str) -> dict[str, Any]:
     Raises config.UserError for settings that cannot work and FloatingPointError for a loss that
     is not finite.
     """
-    with signals() as stopped:
-        return _train(settings, workdir, stopped)
+    with hosts.signals() as stopped, ExitStack() as held:
+        return _train(settings, workdir, stopped, held)
 
 
-def _train(settings, workdir, stopped):
+def _train(settings, workdir, stopped, held):
     # ------------------------------------------------------------------ what is trained
     check_intervals(settings)
-    with config.user_errors("config"):
+    hosts.check_same("command", {"workdir": os.path.abspath(workdir), "config": settings})
+    with hosts.agreement(), config.user_errors("config"):
         run = train_step.build(settings)
         abstract = run.abstract_state()
         example = run.put(run.data.example)
@@ -60,7 +79,8 @@ def _train(settings, workdir, stopped):
     start = None
     if settings.get("init_from") and not checkpoint.exists(workdir):
         start = parameters_of(settings.init_from, abstract.params)
-    config.claim(workdir, settings, MAY_CHANGE)
+    hosts.check_same("data", run.data.fingerprint)
+    claim(workdir, settings, held)
     summary = {
         "finished": False,
         "step": 0,
@@ -80,8 +100,9 @@ def _train(settings, workdir, stopped):
     step, state, saved = restored if restored else (0, run.init(), {})
     if start is not None:
         state = state._replace(params=start)
-    if run.data.tokeniser is not None and run.data.tokeniser.model:  # the data is the run's
-        config.write_text(os.path.join(workdir, generate.TOKENISER), run.data.tokeniser.model)
+    tokeniser = run.data.tokeniser
+    if hosts.first() and tokeniser is not None and tokeniser.model:  # the data is the run's
+        config.write_text(os.path.join(workdir, generate.TOKENISER), tokeniser.model)
     clock = metrics.Clock(**saved.get("clock", {}))
     log = metrics.Metrics(
         workdir,
@@ -109,7 +130,8 @@ def _train(settings, workdir, stopped):
         at, values = arrived
         for name in ("loss", "grad_norm"):  # before the state of this step can be saved
             if not math.isfinite(values[name]):
-                looked_at = os.path.join(workdir, "nonfinite.npz")
+                own = "" if jax.process_count() == 1 else f"-{jax.process_index()}"
+                looked_at = os.path.join(workdir, f"nonfinite{own}.npz")
                 np.savez(looked_at, **dict(fed)[at])
                 raise FloatingPointError(
                     f"the {name} of step {at} is {values[name]}; its batch is in {looked_at}, the "
@@ -145,7 +167,7 @@ def _train(settings, workdir, stopped):
             step += 1
             clock.tick(per_step)
             record(late.push(step, values))
-            last = step == settings.steps or bool(stopped)
+            last = step == settings.steps or stopped()
             if last or due(step) or saver.due(step):
                 with clock.paused(wait_for=state):
                     record(late.flush())
@@ -162,14 +184,25 @@ def _train(settings, workdir, stopped):
             "seconds": round(clock.spent, 3),
             "tokens_per_second": round(clock.mean_tokens_per_second(), 1),
         }
-        if step == settings.steps and not stopped:
+        if step == settings.steps and not stopped():
             show.note("evaluating")
             summary |= evaluate_once(workdir, evaluate, step, None)
-            summary |= {"finished": True, "baselines": run.data.baselines()}
-            if run.data.bytes_per_token and settings.eval.sample:
+            summary["finished"] = True
+            if run.data.bytes_per_token and settings.eval.sample and jax.process_count() == 1:
                 summary["sample"] = sample_text(
-                    run.model, state.params, run.data.tokeniser, settings.eval.sample
+                    run.model, state.params, tokeniser, settings.eval.sample
                 )
+    if hosts.first():
+        write_end(run, workdir, summary)
+    log.close()
+    show.close()
+    return summary
+
+
+def write_end(run: train_step.Training, workdir: str, summary: dict[str, Any]) -> None:
+    """summary.json and loss.png."""
+    if summary["finished"]:
+        summary["baselines"] = run.data.baselines()
     metrics.write_json(os.path.join(workdir, "summary.json"), summary)
     progress.plot_loss(
         os.path.join(workdir, "metrics.jsonl"),
@@ -177,9 +210,6 @@ def _train(settings, workdir, stopped):
         summary.get("baselines"),
         title=os.path.basename(os.path.abspath(workdir)),
     )
-    log.close()
-    show.close()
-    return summary
 
 
 # The lowest values of settings that count steps, batches or tokens, and what a zero means.
@@ -202,6 +232,20 @@ def check_intervals(settings: Any) -> None:
             raise config.UserError(f"config.{name}={value}: must be at least {low}{zero}")
 
 
+def claim(workdir: str, settings: Any, held: ExitStack) -> None:
+    """Makes the workdir this run's, until `held` is left. Raises UserError when it is another's."""
+    with hosts.agreement():
+        if hosts.first():
+            held.enter_context(locks.alone(workdir))
+            config.claim(workdir, settings, MAY_CHANGE)
+    with hosts.agreement():
+        if not os.path.exists(os.path.join(workdir, "config.json")):
+            raise config.UserError(
+                f"--workdir={workdir} is another folder than that of process 0; give one that all "
+                "hosts share"
+            )
+
+
 def parameters_of(folder: str, abstract_params: Any) -> Any:
     """The last parameters of another run, placed as `abstract_params` says."""
     try:
@@ -211,11 +255,15 @@ def parameters_of(folder: str, abstract_params: Any) -> Any:
 
 
 def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:
-    """The held-out metrics of a step; read back when an interrupted run had recorded them."""
-    for record in metrics.read_records(os.path.join(workdir, "metrics.jsonl")):
-        if record["kind"] == "eval" and record["step"] == step:
-            return {k: v for k, v in record.items() if k not in ("step", "time", "kind")}
-    return evaluate(step, limit)
+    """The held-out metrics of a step; read back when an interrupted run had recorded them.
+
+    Process 0 decides; what the others have is not used.
+    """
+    records = metrics.read_records(os.path.join(workdir, "metrics.jsonl"))
+    found = [r for r in records if r["kind"] == "eval" and r["step"] == step]
+    if not hosts.gather("recorded" if found else "")[0]:
+        return evaluate(step, limit)
+    return {k: v for r in found for k, v in r.items() if k not in ("step", "time", "kind")}
 
 
 def sample_text(model, params, tokeniser, length: int) -> str:
@@ -235,7 +283,9 @@ def state_bytes(model, params: Any) -> int:
 def describe(show, run: train_step.Training, summary: dict[str, Any], step: int) -> None:
     """Says once what runs where on what."""
     device = jax.devices()[0].device_kind
-    show.note(f"memjax {__version__}, jax {jax.__version__}, {jax.device_count()} x {device}")
+    shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    devices = f"{jax.device_count()} x {device}{shared}"
+    show.note(f"memjax {__version__}, jax {jax.__version__}, {devices}")
     show.note(
         f"model: {progress.human(summary['parameters'])} parameters, "
         f"{progress.human(summary['state_bytes'])}B of state a sequence; "
@@ -270,29 +320,6 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-@contextmanager
-def signals():
-    """A list that receives SIGTERM or SIGINT; a second signal ends the process as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number, frame):
-        del frame
-        # Not print, which a signal may find in the middle of a line.
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def report(summary: dict[str, Any], workdir: str) -> str:
@@ -330,6 +357,7 @@ def main(argv: Sequence[str]) -> int:
     settings, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if not workdir:
         raise config.UserError("--workdir is missing; write --workdir=runs/NAME")
+    hosts.initialise()
     try:
         summary = train(settings, workdir)
     except FloatingPointError as err:
@@ -340,6 +368,8 @@ def main(argv: Sequence[str]) -> int:
             f"{err.filename or workdir} cannot be written ({err.strerror or err}). Make room, then "
             "give the same command again: it continues from the last complete checkpoint"
         ) from err
+    if not hosts.first():
+        return 0 if summary["finished"] else UNFINISHED
     if not summary["finished"]:
         print(f"stopped at step {summary['step']} and saved; the same command continues")
         return UNFINISHED

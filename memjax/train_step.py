@@ -233,9 +233,12 @@ class Training:
         return make(jax.random.key(self.seed))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Moves a batch to the devices, rows spread over them."""
-        placed = sharding.batch_sharding(self.mesh, len(batch["inputs"]))
-        return {name: jax.device_put(array, placed) for name, array in batch.items()}
+        """Moves a batch to the devices, rows spread over them; a process gives its own rows."""
+        placed = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(placed, array)
+            for name, array in batch.items()
+        }
 
     def evaluation(self, params: PyTree, limit: int | None = None) -> dict[str, float]:
         """Held-out metrics over all evaluation batches, or over `limit` of them."""
@@ -266,21 +269,22 @@ def build(config: Any) -> Training:
     Raises ValueError with one message for a setting that does not exist or does not fit.
     """
     model_config = model_of(config)
-    source = data.make(config.data, batch=config.batch, seed=config.seed)
+    mesh = sharding.mesh(config.mesh)
+    if config.accumulate < 1 or config.batch % config.accumulate:
+        raise ValueError(
+            f"accumulate {config.accumulate} does not divide the batch of {config.batch} rows"
+        )
+    sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
+    share = sharding.share(mesh, config.batch)
+    source = data.make(config.data, batch=config.batch, seed=config.seed, share=share)
     for name in ("vocab", "features"):
         given, needed = getattr(model_config, name), getattr(source, name)
         if given != needed:
             raise ValueError(
                 f"model.{name} is {given}, the data has {needed}; set model.{name} to {needed}"
             )
-    if config.accumulate < 1 or config.batch % config.accumulate:
-        raise ValueError(
-            f"accumulate {config.accumulate} does not divide the batch of {config.batch} rows"
-        )
     model = LanguageModel(model_config)
     optimizer, schedule = optim.make(config.optim, config.steps)
-    mesh = sharding.mesh(config.mesh)
-    sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
     step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)
     run = Training(
         model=model,

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from memjax import config, results
-from memjax.sweeps.process import lock
+from memjax.locks import lock
 from memjax.sweeps.search import Search
 from memjax.train import MAY_CHANGE
 

@@ -178,16 +178,33 @@ def test_a_killed_search_continues(file, end):
     assert values == sorted(row["query_accuracy"] for row in rows_of(file))
 
 
+def real(folder, changes):
+    """A sweep of real runs in a folder, the second of which diverges."""
+    text = REAL.replace("{CONFIG}", runs.MQAR).replace("{CHANGES}", repr(runs.TASK | changes))
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "sweep.py").write_text(FILE + text)
+    (folder / "experiment" / "README.md").write_text(README)
+
+
+def test_a_real_gang(tmp_path, command, nodes, monkeypatch):
+    """Two processes of `memjax.train` meet, end as one run, and are evaluated."""
+    real(tmp_path, {"steps": 8})
+    simulated, _ = nodes({"num_cpus": 1}, {"num_cpus": 1})
+    monkeypatch.chdir(tmp_path)
+    arguments = (f"--address={simulated.address}", "--hosts=2", "--only=lr=0.01")
+    code, out, err = command("--sweep=experiment/sweep.py", *arguments)
+    assert (code, err) == (0, ""), out
+    (row,) = results.read("experiment/results.jsonl")
+    assert row["steps"] == 8 and row["by_distance"]
+    (log,) = tmp_path.glob("runs/experiment/delta_net-0.01-????????????.log")
+    assert "in 2 processes" in log.read_text()
+
+
 def test_a_real_run_resumes_and_another_diverges(tmp_path, command, monkeypatch):
     """A worker is killed while it trains: the row is that of a run without interruption. A loss
     that is not finite is a row of its own."""
-    changes = runs.TASK | {"steps": 2000, "checkpoint.every": 200, "eval.every": 0}
-    text = REAL.replace("{CONFIG}", runs.MQAR).replace("{CHANGES}", repr(changes))
     for name in NAMES:
-        folder = tmp_path / name / "experiment"
-        folder.mkdir(parents=True)
-        (folder / "sweep.py").write_text(FILE + text)
-        (folder / "README.md").write_text(README)
+        real(tmp_path / name, {"steps": 2000, "checkpoint.every": 200, "eval.every": 0})
     monkeypatch.chdir(tmp_path / "ray")
     monkeypatch.setattr(trials.Sweep, "show", lambda self: None)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -82,6 +82,8 @@ class Cluster(Runner):
 
     def evaluate(self, workdir: str, path: str, arguments: Mapping[str, int]) -> None:
         job = self.job(evaluation(workdir, path, arguments), path, f"{workdir}.log")
+        if self.hosts > 1:  # a host of a TPU slice cannot use its chips alone
+            job = dataclasses.replace(job, environment={**job.environment, "JAX_PLATFORMS": "cpu"})
         self.finish(job, workdir, self._alone)
 
     def close(self) -> None:

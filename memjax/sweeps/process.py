@@ -3,7 +3,6 @@ Ray."""
 
 import ctypes
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -12,9 +11,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from memjax.errors import UNFINISHED
+from memjax.locks import lock
 
 SAVING = 60.0  # seconds in which a run that is asked to end has to save
 
@@ -92,17 +92,6 @@ def finished(path: str) -> dict[str, Any] | None:
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
     return found if found.get("finished", True) else None
-
-
-def lock(file: TextIO, wait: bool) -> bool:
-    """Locks a file until every process that was given it has closed it; False if it is locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def free_address() -> str:

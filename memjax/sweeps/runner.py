@@ -193,6 +193,7 @@ def _environment(root: str, one_core: bool) -> dict[str, str]:
     """The variables that a run is given: those that configure jax, wherever it runs."""
     known = {name: text for name, text in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
     known.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(root, "compiled"))
+    known["JAX_NUM_PROCESSES"] = "1"  # it looks for no others, on a TPU slice or under Slurm
     if one_core:
         flag = "--xla_cpu_multi_thread_eigen=false"
         known["XLA_FLAGS"] = f"{known.get('XLA_FLAGS', '')} {flag}".strip()
