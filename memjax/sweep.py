@@ -130,8 +130,8 @@ def train(sweep: Sweep, trials: Sequence[Trial]) -> list[str]:
     known, total = len(trials) - len(waiting), search.count if search else len(trials)
     if total:
         print(f"{sweep.name}: {total} trials, {known} of them in the results")
-    if given.dry_run:
-        print(*export.commands(sweep, waiting, given.runs), sep="\n")
+    for line in export.commands(sweep, waiting, given.runs) if given.dry_run else ():
+        print(line)
     if given.dry_run or known >= total:
         return []
     names = {trial.name for trial in trials} - {trial.name for trial in waiting}
