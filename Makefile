@@ -31,7 +31,7 @@ test-fast: environment
 	$(CPU) $(PYTHON) $(PYTEST) -m "not slow"
 
 test-slow: environment # pytest says 5 when no test is marked slow
-	$(CPU) $(PYTHON) $(PYTEST) -m slow --ignore tests/kernels || test $$? -eq 5
+	$(CPU) $(PYTHON) $(PYTEST) -m slow --ignore tests/kernels --ignore tests/test_colabs.py || test $$? -eq 5
 
 # A CUDA plugin in the environment itself would end every run that does not name its platform.
 test-kernels: environment ## all tests of pallas_kernels/; it installs what compiles for TPUs and GPUs
@@ -43,15 +43,18 @@ test-kernels: environment ## all tests of pallas_kernels/; it installs what comp
 # SkyPilot wants older versions of common packages: it has an environment of its own, of 0.45 GB.
 test-optional: environment ## the tests that need optional packages, which it installs
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \
-	    -e '.[tfds,logging,sweeps]'
+	    -e '.[tfds,logging,notebooks,sweeps]'
 	test -x .venv/skypilot/bin/sky || { $(PYTHON) -m venv .venv/skypilot && .venv/skypilot/bin/python -m \
 	    pip install -q --disable-pip-version-check skypilot==0.14.1; }
-	$(CPU) $(PYTHON) -m pytest -q tests/test_sources.py tests/test_metrics.py tests/test_sweep_parts.py \
-	    tests/test_sweep_ray.py
+	$(CPU) $(PYTHON) -m pytest -q tests/test_sources.py tests/test_metrics.py tests/test_colabs.py \
+	    tests/test_sweep_parts.py tests/test_sweep_ray.py
 
-test-floor: ## the fast tests on the oldest versions that are supported, with Python 3.11
+test-floor: ## the fast tests and the notebooks on the oldest supported versions, with Python 3.11
 	@.ci/environment .venv-floor constraints-floor.txt 3.11
 	$(CPU) .venv-floor/bin/python $(PYTEST) -m "not slow"
+	.venv-floor/bin/python -m pip install -q --disable-pip-version-check -c constraints-floor.txt \
+	    -e '.[notebooks]'
+	$(CPU) .venv-floor/bin/python -m pytest -q tests/test_colabs.py
 
 lint: environment ## ruff and mypy
 	$(PYTHON) -m ruff check .
