@@ -1,6 +1,7 @@
 # Each target makes its own virtual environment first; that takes under a second when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart sweep-demo test test-all test-fast test-slow test-kernels test-optional test-floor lint benchmark constraints \
+.PHONY: help quickstart sweep-demo test test-all test-fast test-slow test-kernels test-optional \
+        test-skypilot test-floor lint benchmark constraints \
         environment clean
 
 PYTHON := .venv/bin/python
@@ -25,7 +26,7 @@ sweep-demo: environment ## 12 trials of cells and learning rates through Ray and
 
 test: lint test-fast ## lint and the fast tests; ARGS="-k name" is passed to pytest
 
-test-all: test test-slow test-kernels test-optional ## everything: the full product of cells, forms and wrappers too
+test-all: test test-slow test-kernels test-optional test-skypilot ## everything: the full product of cells, forms and wrappers too
 
 test-fast: environment
 	$(CPU) $(PYTHON) $(PYTEST) -m "not slow"
@@ -40,14 +41,17 @@ test-kernels: environment ## all tests of pallas_kernels/; it installs what comp
 	    --no-deps --target .venv/cuda jax-cuda13-plugin jax-cuda13-pjrt
 	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
 
-# SkyPilot wants older versions of common packages: it has an environment of its own, of 0.45 GB.
 test-optional: environment ## the tests that need optional packages, which it installs
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \
 	    -e '.[tfds,logging,notebooks,sweeps]'
+	$(CPU) $(PYTHON) -m pytest -q tests/test_sources.py tests/test_metrics.py tests/test_colabs.py \
+	    tests/test_sweep_ray.py
+
+# It wants older versions of common packages than memjax, and has an environment of 0.45 GB for itself.
+test-skypilot: environment ## whether SkyPilot takes the YAML of sweeps
 	test -x .venv/skypilot/bin/sky || { $(PYTHON) -m venv .venv/skypilot && .venv/skypilot/bin/python -m \
 	    pip install -q --disable-pip-version-check skypilot==0.14.1; }
-	$(CPU) $(PYTHON) -m pytest -q tests/test_sources.py tests/test_metrics.py tests/test_colabs.py \
-	    tests/test_sweep_parts.py tests/test_sweep_ray.py
+	$(CPU) $(PYTHON) -m pytest -q tests/test_sweep_parts.py -k skypilot
 
 test-floor: ## the fast tests and the notebooks on the oldest supported versions, with Python 3.11
 	@.ci/environment .venv-floor constraints-floor.txt 3.11

@@ -175,10 +175,10 @@ def test_slices():
 
 
 def test_skypilot_takes_it(tmp_path):
-    """`sky.Task.from_yaml`, in the environment that `make test-optional` makes for SkyPilot."""
+    """`sky.Task.from_yaml`, in the environment that `make test-skypilot` makes."""
     python = ROOT / ".venv" / "skypilot" / "bin" / "python"
     if not python.exists():
-        pytest.skip("no .venv/skypilot; `make test-optional` makes it")
+        pytest.skip("no .venv/skypilot; `make test-skypilot` makes it")
     program = (
         "import sys, sky\n"
         "for path in sys.argv[1:]:\n"
