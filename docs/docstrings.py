@@ -11,8 +11,7 @@ import griffe
 # Code, in backticks or indented behind an empty line, is left alone.
 CODE = r"`[^`]*`|(?:\A|(?<=\n\n)) {4}.*(?:\n(?: {4}.*)?)*"
 SIGN = re.compile(rf"({CODE})|([*_<#+>\[\]])", re.MULTILINE)
-SECTION = re.compile(r"^(Args|Raises|Returns|Yields|Attributes):$")
-ITEM = re.compile(r"^( *)(\**\w+(?:, \**\w+)*): +(.*)$")
+ITEM = re.compile(r"^(|  )(\**\w+(?:, \**\w+)*): +(.*)$")
 
 
 class Readable(griffe.Extension):
@@ -25,21 +24,19 @@ class Readable(griffe.Extension):
 
 
 def with_lists(text: str, known: set[str]) -> str:
-    """Items of the sections, and lines about what is known, as items of lists."""
-    lines, section, listing = [], False, False
-    for number, line in enumerate(text.split("\n")):
+    """Lines `name: text` as items: all that are indented by two, others about what is known."""
+    first, *others = text.split("\n")
+    lines, listing = [first], None  # the indentation of the list in front of a line
+    for line in others:
         item = ITEM.match(line)
-        names = item[2].replace("*", "").split(", ") if item else []
-        if SECTION.match(line):
-            lines += ["", line, ""]
-            section, listing = True, True
-        elif item and number and (section and item[1] == "  " or known.issuperset(names)):
-            lines += [] if listing else [""]
-            lines.append(f"- `{item[2]}`: {item[3]}")
-            listing = True
+        names = set(item[2].replace("*", "").split(", ")) if item else set()
+        if item and (item[1] or names <= known):
+            begins, line = listing != item[1], f"- `{item[2]}`: {item[3]}"
+            listing = item[1]
         else:
-            section, listing = section and bool(line), listing and bool(line)
-            lines.append(line)
+            begins = bool(listing) and not line.startswith(listing)
+            listing = listing if line and not begins else None
+        lines += ["", line] if begins else [line]
     return "\n".join(lines)
 
 

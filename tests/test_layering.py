@@ -53,6 +53,7 @@ COMMANDS = (
     "memjax.probe",
     "memjax.readme",
     "memjax.sweep",
+    "memjax.sweeps",
     "memjax.train",
     "memjax.train_step",
     "memjax.trials",
