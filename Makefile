@@ -81,6 +81,6 @@ constraints: ## look up the newest versions again (needs uv and a network)
 environment:
 	@.ci/environment
 
-clean: ## remove the environments and the caches; runs/ stays
-	rm -rf .venv .venv-floor .venv.lock .venv-floor.lock .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove the environments, the site and the caches; runs/ stays
+	rm -rf build .venv .venv-floor .venv.lock .venv-floor.lock .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ import griffe
 
 # Code, in backticks or indented behind an empty line, is left alone.
 CODE = r"`[^`]*`|(?:\A|(?<=\n\n)) {4}.*(?:\n(?: {4}.*)?)*"
-SIGN = re.compile(rf"({CODE})|([*_<#+>\[\]])", re.MULTILINE)
+SIGN = re.compile(rf"({CODE})|(?!^\* )([*_<#+>\[\]])", re.MULTILINE)
 ITEM = re.compile(r"^(|  )(\**\w+(?:, \**\w+)*): +(.*)$")
 
 

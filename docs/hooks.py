@@ -1,30 +1,35 @@
 """Makes the site's pages of the texts in the repository; mkdocs.yml says in which order they stand.
 
 Every page has the place of its file, so that a relative link is right in the repository and in the
-site; files that pages link to, such as pictures, come along. In a page of docs/ a line
+site; files that pages link to, such as pictures, come along. In a page the lines
 
     <!-- include: ../README.md#memories -->
+    <!-- include: ../memjax/cells/_template.py -->
 
-becomes that section. In the nav, an entry that ends with "/" is all pages of a folder.
+become that section, and that file as code. In the nav, an entry that ends with "/" is all pages of
+a folder.
 
-Made here are `colabs/*.md`, from the sources of the notebooks, and `reference/*.md`: a page for each
-package with its public modules, but those that a page of docs/ has already, and two for the modules
-of memjax itself, with and without a command.
+Made here are `colabs/*.md`, from the sources of the notebooks, and `reference/*.md`: a page for
+each package with its public modules, but those that a page of docs/ has already, and two for the
+modules of memjax itself, with and without a command.
 """
 
 import re
 from collections import defaultdict
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+from pymdownx.slugs import slugify
 
 from memjax import notebooks
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("*.md", "docs/*.md", "colabs/*.md", "pallas_kernels/*.md", "experiments/*/*.md")
 LINK = re.compile(r"\]\(([^)\s#]+)")
-INCLUDE = re.compile(r"<!-- include: (\S+)#(\S+) -->")
+INCLUDE = re.compile(r"<!-- include: ([^\s#]+)#?(\S*) -->")
 PICTURE = re.compile(r"!\[[^\]]*\]\(\w+\.png\)")
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 COMMAND = 'if __name__ == "__main__":'
 
 
@@ -55,7 +60,8 @@ def expanded(value, found: dict[str, str]):
 
 def listed(part, found: dict[str, str]) -> list:
     if isinstance(part, str) and part.endswith("/"):
-        return sorted(name for name in found if name.startswith(part))
+        inside = (name for name in found if name.startswith(part))
+        return sorted(inside, key=lambda name: (name != f"{part}README.md", name))
     return [part]
 
 
@@ -75,18 +81,21 @@ def page(path: Path) -> str:
     text = path.read_text(encoding="utf-8").replace(".ipynb)", ".md)")
     if (path.parent / "sweep.py").exists() and not (path.parent / "results.jsonl").exists():
         text = PICTURE.sub("*Not run yet.*", text)
-    return INCLUDE.sub(lambda given: section(path.parent / given[1], given[2]), text)
+    return INCLUDE.sub(lambda given: included(path.parent / given[1], given[2]), text)
 
 
-def section(path: Path, anchor: str) -> str:
-    """What stands below a heading, up to the next one."""
-    parts = re.split(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return dict(zip((slug(title) for title in parts[1::2]), parts[2::2], strict=True))[anchor]
+def included(path: Path, anchor: str) -> str:
+    """What stands below a heading, up to the next one; without an anchor a file as code."""
+    text = path.read_text(encoding="utf-8")
+    if not anchor:
+        return code(text)
+    _, *parts = re.split(r"\n#+ (.+)\n", text)
+    anchors = (slugify(case="lower")(title, "-") for title in parts[::2])
+    return dict(zip(anchors, parts[1::2], strict=True))[anchor]
 
 
-def slug(title: str) -> str:
-    """The anchor of a heading, as GitHub makes it."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+def code(text: str) -> str:
+    return f"```python\n{text.rstrip()}\n```"
 
 
 def linked() -> set[str]:
@@ -104,28 +113,32 @@ def notebook(path: Path) -> str:
     """A notebook's cells as Markdown, without the setup that all of them have."""
     shown = (cell for cell in notebooks.cells(path.read_text(encoding="utf-8"))
              if not cell[1].startswith("# @title Setup"))  # fmt: skip
-    return "\n\n".join(
-        text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in shown
-    )
+    return "\n\n".join(FORMULA.sub(formula, text) if kind == "markdown" else code(text)
+                       for kind, text in shown)  # fmt: skip
+
+
+def formula(found: re.Match) -> str:
+    """TeX as MathML, which browsers show without a script."""
+    return convert(found[1] or found[2], display="block" if found[1] else "inline")
 
 
 def reference(written: str) -> dict[str, str]:
     """A page for each package with its public modules, unless they are in what is written."""
     modules = defaultdict(list)
     for path in sorted([*ROOT.glob("memjax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")]):
-        module = path.relative_to(ROOT).with_suffix("")
-        if not path.stem.startswith("_") and f"::: {'.'.join(module.parts)}\n" not in written:
-            modules[package(module, path.read_text(encoding="utf-8"))].append(".".join(module.parts))
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if not path.stem.startswith("_") and f"::: {'.'.join(parts)}\n" not in written:
+            modules[package(parts, path.read_text(encoding="utf-8"))].append(".".join(parts))
     return {
         f"reference/{name}.md": f"# {name}\n\n" + "".join(f"::: {module}\n\n" for module in found)
         for name, found in modules.items()
     }
 
 
-def package(module: Path, text: str) -> str:
-    """The title of a module's page."""
-    if module.parts[0] != "memjax":
-        return module.parts[0]
-    if len(module.parts) > 2:
-        return f"memjax.{module.parts[1]}"
+def package(parts: tuple[str, ...], text: str) -> str:
+    """The title of the page that a module is on."""
+    if parts[0] != "memjax":
+        return parts[0]
+    if len(parts) > 2:
+        return f"memjax.{parts[1]}"
     return "commands" if COMMAND in text else "memjax"

@@ -38,7 +38,7 @@ def test_the_table_has_a_row_for_every_cell():
 
 def test_the_table_of_tasks_has_every_task_and_its_config():
     root = pathlib.Path(__file__).parents[1]
-    text = (root / "README.md").read_text(encoding="utf-8")
+    text = (root / "docs/tasks.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in text.splitlines() if "| `configs/" in line]
     found = {name: row[-2].strip(" `") for row in rows for name in re.findall("`(\\w+)`", row[1])}
     assert sorted(found) == tasks.names()
