@@ -63,6 +63,7 @@ _COLUMNS = (
     ("grad_norm", lambda v: f"grad {_fixed(v, 2):>5}"),
     ("lr", lambda v: f"lr {scientific(v):>6}"),
     ("tokens_per_second", lambda v: f"{human(v):>5} tok/s"),
+    ("mfu", lambda v: f"{100 * v:4.1f}% mfu"),
     ("eta", lambda v: f"eta {duration(v):>6}"),
 )
 

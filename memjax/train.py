@@ -27,9 +27,20 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from memjax import __version__, checkpoint, config, generate, metrics, progress, train_step
+from memjax import (
+    __version__,
+    checkpoint,
+    chips,
+    config,
+    cost,
+    generate,
+    metrics,
+    progress,
+    train_step,
+)
 from memjax.data import tokens as text_tokens
 from memjax.nn.lm import capacity, initial_state
+from memjax.profile import Trace
 
 UNFINISHED = 75  # exit code of an interrupted run, EX_TEMPFAIL: the same command continues it
 # Config fields that a resumed run may change. init_from is of a run's beginning alone, and earlier
@@ -38,25 +49,26 @@ MAY_CHANGE = ("checkpoint", "eval", "init_from", "log", "mesh", "next_steps")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def train(settings: Any, workdir: str) -> dict[str, Any]:
+def train(settings: Any, workdir: str, profile: str = "") -> dict[str, Any]:
     """Runs, or continues, what `settings` (a config) describes; returns the summary.
 
+    profile: the steps that are traced (see `memjax.profile`), "" for none.
     summary["finished"] is False when SIGTERM or SIGINT interrupted the run; it was saved before.
     Raises config.UserError for settings that cannot work and FloatingPointError for a loss that
     is not finite.
     """
     with signals() as stopped:
-        return _train(settings, workdir, stopped)
+        return _train(settings, workdir, profile, stopped)
 
 
-def _train(settings, workdir, stopped):
+def _train(settings, workdir, profile, stopped):
     # ------------------------------------------------------------------ what is trained
     check_intervals(settings)
+    trace = Trace(profile, workdir)
     with config.user_errors("config"):
         run = train_step.build(settings)
         abstract = run.abstract_state()
-        example = run.put(run.data.example)
-        lowered = run.step.lower(abstract, example)
+        _, lowered = run.lower()
     start = None
     if settings.get("init_from") and not checkpoint.exists(workdir):
         start = parameters_of(settings.init_from, abstract.params)
@@ -67,6 +79,9 @@ def _train(settings, workdir, stopped):
         "steps": settings.steps,
         "parameters": sum(a.size for a in jax.tree.leaves(abstract.params)),
         "state_bytes": state_bytes(run.model, abstract.params),  # of one sequence
+        "flops_per_token": cost.model_flops(
+            run.model.config, abstract.params, run.data.length, run.data.queries
+        ),
         "seed": settings.seed,
         "versions": versions(),
     }
@@ -96,10 +111,12 @@ def _train(settings, workdir, stopped):
     # ------------------------------------------------------------------ compilation
     began = time.perf_counter()
     advance = lowered.compile()
-    memory = advance.memory_analysis()
     if step < settings.steps:
-        temporary = "" if memory is None else f", {progress.human(memory.temp_size_in_bytes)}B"
-        show.note(f"compiled in {time.perf_counter() - began:.1f} s{temporary} of temporary memory")
+        took, needs = time.perf_counter() - began, memory_in_words(advance)
+        show.note(f"compiled in {took:.1f} s{needs}")
+    peak = chips.peak(list(run.mesh.devices.flat))
+    if profile:
+        show.note(f"steps {trace.borders[0] + 1} to {trace.borders[1]} are traced: {trace.folder}")
     late = metrics.Late()
     fed: deque = deque(maxlen=2)  # (step, batch) of the step in flight and of the one before
 
@@ -119,6 +136,9 @@ def _train(settings, workdir, stopped):
         if run.data.bytes_per_token:
             values["bits_per_byte"] = values["loss"] / math.log(2) / run.data.bytes_per_token
         values["tokens_per_second"] = clock.tokens_per_second()
+        if peak is not None:
+            flops = summary["flops_per_token"] * values["tokens_per_second"]
+            values["mfu"] = flops / peak
         log.write(at, values)
         if at % settings.log.every == 0 or at == settings.steps:
             show.update(at, {**values, "eta": clock.eta(settings.steps - at)})
@@ -129,21 +149,29 @@ def _train(settings, workdir, stopped):
         show.update(at, {"kind": "eval", **values})
         return values
 
+    def switch(traced):
+        if traced:
+            with clock.paused(wait_for=state):
+                trace.switch()
+
     def due(at):
         every = settings.eval.every
         return every and at % every == 0 and 0 < at < settings.steps
 
     # ------------------------------------------------------------------ the loop
-    with saver:
+    with saver, trace:
         if due(step):  # where a signal stopped the run, it did not take the time to evaluate
             evaluate_once(workdir, evaluate, step, settings.eval.batches)
         clock.start()
         while step < settings.steps:
+            switch(trace.begins(step))
             batch = next(iterator)
             fed.append((step + 1, batch))
-            state, values = advance(state, run.put(batch))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                state, values = advance(state, run.put(batch))
             step += 1
             clock.tick(per_step)
+            switch(trace.ends(step))
             record(late.push(step, values))
             last = step == settings.steps or bool(stopped)
             if last or due(step) or saver.due(step):
@@ -226,6 +254,17 @@ def sample_text(model, params, tokeniser, length: int) -> str:
     return "".join(generate.stream_text(tokens, tokeniser))
 
 
+def memory_in_words(compiled: jax.stages.Compiled) -> str:
+    """What a compiled program takes of one device, where its compiler says so."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return ""
+    held, free = (
+        progress.human(n) for n in (found.argument_size_in_bytes, found.temp_size_in_bytes)
+    )
+    return f"; a device holds {held}B of state and batch and needs {free}B of temporary memory"
+
+
 def state_bytes(model, params: Any) -> int:
     """Bytes of the decode state of one sequence."""
     state = jax.eval_shape(lambda p: initial_state(model, p, 1), params)
@@ -238,6 +277,7 @@ def describe(show, run: train_step.Training, summary: dict[str, Any], step: int)
     show.note(f"memjax {__version__}, jax {jax.__version__}, {jax.device_count()} x {device}")
     show.note(
         f"model: {progress.human(summary['parameters'])} parameters, "
+        f"{progress.human(summary['flops_per_token'])} model FLOPs a token, "
         f"{progress.human(summary['state_bytes'])}B of state a sequence; "
         f"{in_words(run.model.config.layers)}"
     )
@@ -331,7 +371,7 @@ def main(argv: Sequence[str]) -> int:
     if not workdir:
         raise config.UserError("--workdir is missing; write --workdir=runs/NAME")
     try:
-        summary = train(settings, workdir)
+        summary = train(settings, workdir, flags.FLAGS.profile)
     except FloatingPointError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
@@ -349,6 +389,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """The command's flags; made when it runs, so that other programs may import this module."""
     flags.DEFINE_string("workdir", None, "folder of the run; made when absent")
+    flags.DEFINE_string("profile", "", "START:NUMBER: trace so many steps behind the START-th")
+
+
+if __name__ == "__main__":
+    define_flags()
     app.run(main, flags_parser=config.parse_flags)

@@ -2,7 +2,7 @@
 config. No files, no loop; a notebook needs nothing else."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -232,6 +232,21 @@ class Training:
         make = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=target)
         return make(jax.random.key(self.seed))
 
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a training batch."""
+        placed = sharding.batch_sharding(self.mesh, len(self.data.example["inputs"]))
+        return {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed)
+            for name, a in self.data.example.items()
+        }
+
+    def lower(self) -> tuple[Any, jax.stages.Lowered]:
+        """The training step as a jaxpr of the whole batch, and lowered for the devices of the mesh,
+        which need not be attached."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            traced = self.step.trace(self.abstract_state(), self.abstract_batch())
+            return traced.jaxpr.jaxpr, traced.lower()
+
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Moves a batch to the devices, rows spread over them."""
         placed = sharding.batch_sharding(self.mesh, len(batch["inputs"]))
@@ -260,13 +275,16 @@ def abstract_params(model: LanguageModel) -> PyTree:
     return nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
 
-def build(config: Any) -> Training:
+def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Training:
     """Model, data, optimiser and jitted steps of a config (see `configs/`).
+
+    devices: of a topology that need not be attached, to lower the step for; its text is not read
+    then. None: all of this machine.
 
     Raises ValueError with one message for a setting that does not exist or does not fit.
     """
     model_config = model_of(config)
-    source = data.make(config.data, batch=config.batch, seed=config.seed)
+    source = data.make(config.data, batch=config.batch, seed=config.seed, read=devices is None)
     for name in ("vocab", "features"):
         given, needed = getattr(model_config, name), getattr(source, name)
         if given != needed:
@@ -279,7 +297,7 @@ def build(config: Any) -> Training:
         )
     model = LanguageModel(model_config)
     optimizer, schedule = optim.make(config.optim, config.steps)
-    mesh = sharding.mesh(config.mesh)
+    mesh = sharding.mesh(config.mesh, devices)
     sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
     step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)
     run = Training(

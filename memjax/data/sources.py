@@ -82,7 +82,12 @@ class Data:
 
 
 def make(
-    config_data: Mapping[str, Any], *, batch: int, seed: int, shard: tuple[int, int] = (0, 1)
+    config_data: Mapping[str, Any],
+    *,
+    batch: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    read: bool = True,
 ) -> Data:
     """The data that `config_data` describes.
 
@@ -95,6 +100,7 @@ def make(
       batch: rows of a step over all shards together; each shard gets batch / shards of them.
       seed: of the training order (text) or of the training examples (tasks), 0 to 2**32 - 1.
       shard: (index, count) of the data shard to make.
+      read: False for blank text of the same shapes and number of tokens, whatever files there are.
 
     Raises:
       ValueError: an unknown source or setting, a value of the wrong type or out of range, a batch
@@ -110,7 +116,8 @@ def make(
            f'batch={batch} over {count} data shard(s)', 'a positive multiple of the shards',
            f'use {max(1, round(batch / count)) * count}')  # fmt: skip
     order = {"seed": int(seed), "batch": int(batch), "shards": int(count), "pipeline": _VERSION}
-    build = {"text": _text, "tfds": _tfds}.get(name, functools.partial(_task, name))
+    texts = {"text": _text, "tfds": _tfds} if read else dict.fromkeys(("text", "tfds"), _blank)
+    build = texts.get(name, functools.partial(_task, name))
     return build(settings, batch // count, int(seed), (int(index), int(count)), order)
 
 
@@ -131,8 +138,18 @@ def _tfds(settings, batch, seed, shard, order):
     return _documents(train, heldout, facts, settings, batch, seed, shard, order)
 
 
-def _documents(train, heldout, facts, settings, batch, seed, shard, order):
-    """Data of training texts (any sequence of bytes) and a held-out corpus."""
+def _blank(settings, batch, seed, shard, order):
+    corpus = text.Corpus.of([("blank", b" ")])
+    pieces = (b" ",) * (settings["bpe"] or tokens.BYTES.vocab)
+    given = {**settings, "bpe": 0}
+    return _documents(
+        corpus.texts, corpus, {}, given, batch, seed, shard, order, tokens.Tokeniser(pieces)
+    )
+
+
+def _documents(train, heldout, facts, settings, batch, seed, shard, order, tokeniser=tokens.BYTES):
+    """Data of training texts (any sequence of bytes) and a held-out corpus. tokeniser: where
+    `bpe` asks for none to be trained."""
     length, workers, bpe = settings["length"], settings["workers"], settings["bpe"]
     _check(length >= 1, f"data.length={length}", "at least 1", "use 512")
     _check(
@@ -142,7 +159,7 @@ def _documents(train, heldout, facts, settings, batch, seed, shard, order):
         "use 1 to keep the rows in order",
     )
     _check(workers >= 0, f"data.workers={workers}", "at least 0", "use 0 to pack in this process")
-    tokeniser, named = tokens.BYTES, "bytes"
+    named = "bytes"
     if bpe:
         tokeniser = tokens.train_bpe(tokens.sample(train, _SAMPLE), bpe)
         digest = hashlib.sha256(tokeniser.model.encode()).hexdigest()[:16]
