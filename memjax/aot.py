@@ -141,7 +141,9 @@ def figures(settings: Any, topology: str) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found |= refused(str(error))
+        if not (refusal := refused(str(error))):
+            raise
+        found |= refusal
     else:
         found |= {"fits": True, "collectives": collectives(compiled.as_text() or "")}
         found["bytes"] |= memory(compiled)
@@ -178,9 +180,9 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def refused(message: str) -> dict[str, Any]:
-    """What a compiler says that finds no room for a step; any other error is raised again."""
+    """What a compiler says that finds no room for a step; {} for any other of its errors."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        raise UserError(f"the step does not compile: {message}")
+        return {}
     used = _USED.search(message)
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     found: dict[str, Any] = {"fits": False, "refusal": message.splitlines()[0]}

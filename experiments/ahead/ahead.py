@@ -64,7 +64,7 @@ def line(row):
         size_in_words(state),
         size_in_words(held["temporary"]) if row["fits"] else "-",
         size_in_words(held["peak"] if row["fits"] else row["needs"]),
-        ("yes, " if row["fits"] else "no, ") + f"of {size_in_words(row['memory'])}",
+        f"{'yes' if row['fits'] else 'no'}, {size_in_words(row['memory'])}",
         moved(row["collectives"]) if row["fits"] else "-",
         f"{row['seconds_at_least']:.2f} s",
         f"{100 * row['mfu_at_most']:.0f} %",
