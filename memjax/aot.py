@@ -55,7 +55,10 @@ COLLECTIVES = (
 )  # fmt: skip
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+)\w*\[([\d,]*)\]")
-_USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+# What libtpu says of a step that is too large: of all memory, or of temporaries alone.
+_TOO_MUCH = re.compile(
+    r"(?:Used |temporaries \()([\d.]+)([KMG]?)(?: of |\) exceeds available HBM \()([\d.]+)([KMG]?)"
+)
 
 # ---------------------------------------------------------------- devices
 
@@ -183,7 +186,7 @@ def refused(message: str) -> dict[str, Any]:
     """What a compiler says that finds no room for a step; {} for any other of its errors."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return {}
-    used = _USED.search(message)
+    used = _TOO_MUCH.search(message)
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     found: dict[str, Any] = {"fits": False, "refusal": message.splitlines()[0]}
     if used:
@@ -261,7 +264,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     if "needs" in found:
         sizes = found["needs"], found["offered"], found["needs"] - found["offered"]
         needs, offered, more = map(size_in_words, sizes)
-        return f"does not fit: the step needs {needs}, {more} more than the {offered} there are"
+        return f"does not fit: the compiler needs {needs}, {more} more than the {offered} there are"
     if not found["fits"]:
         return f"does not fit: {found['refusal']}"
     if found["memory"] is None:

@@ -92,11 +92,16 @@ def test_a_machine_without_libtpu(monkeypatch):
         aot.devices("v5e:4x4")
 
 
-def test_what_a_compiler_says_that_finds_no_room():
-    found = aot.refused(
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-        "hbm. Used 17.25G of 15.75G hbm. Exceeded hbm capacity by 1.50G.\nTotal hbm usage >= .."
-    )
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm.\nTotal hbm usage >= ..",
+        "CompileTimeHbmOom: the total memory required for HLO temporaries (17.25G) exceeds "
+        + "available HBM (15.75G). HLO module: jit_step.\nSee ..",
+    ],
+)
+def test_what_a_compiler_says_that_finds_no_room(message):
+    found = aot.refused(f"RESOURCE_EXHAUSTED: {message}")
     assert found["fits"] is False
     assert (found["needs"], found["offered"]) == (17.25 * 2**30, 15.75 * 2**30)
     assert aot.verdict(found).endswith(
