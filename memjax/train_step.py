@@ -214,7 +214,8 @@ class Training:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, nothing computed."""
-        shapes = jax.eval_shape(self._init, jax.random.key(self.seed))
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # forms are of its platform
+            shapes = jax.eval_shape(self._init, jax.random.key(self.seed))
         params = sharding.shardings(shapes.params, self.mesh)
         shapes = nn.unbox(shapes)
         placed = TrainState(
