@@ -47,6 +47,11 @@ def mean(rows: Iterable[Row], name: str) -> float:
     return statistics.mean(row[name] for row in rows)
 
 
+def best(rows: Iterable[Row], name: str, figure: str) -> list[Row]:
+    """The rows of the value of a label with the highest mean of a figure; none for no row."""
+    return max(grouped(rows, name).values(), key=lambda group: mean(group, figure), default=[])
+
+
 def spread(rows: Sequence[Row], name: str, digits: int = 3) -> str:
     """'mean (standard deviation)' of a figure over rows, and how many they are if fewer than three;
     '-' for no row."""
@@ -80,9 +85,9 @@ def markdown(table: Table) -> str:
     )
 
 
-def with_tables(text: str, tables: Mapping[str, Table]) -> str:
+def with_tables(text: str, tables: Mapping[str, Table], where: str = "README.md") -> str:
     """A README's text with its tables made anew, each between the lines `<!-- table: name -->` and
-    `<!-- /table -->`.
+    `<!-- /table -->`. where: what an error calls it.
 
     Raises UserError for a table that has no place in the text.
     """
@@ -91,7 +96,7 @@ def with_tables(text: str, tables: Mapping[str, Table]) -> str:
         before, found, rest = text.partition(begin)
         if not found or end not in rest:
             raise UserError(
-                f"README.md has no place for the table {name!r}; write the lines {begin.strip()} "
+                f"{where} has no place for the table {name!r}; write the lines {begin.strip()} "
                 f"and {end} where it belongs"
             )
         text = before + begin + markdown(table) + end + rest.partition(end)[2]
@@ -102,4 +107,4 @@ def write_tables(readme: str, tables: Mapping[str, Table]) -> None:
     """Makes the tables of a README.md file anew; see `with_tables`."""
     with open(readme, encoding="utf-8") as file:
         text = file.read()
-    write_text(readme, with_tables(text, tables))
+    write_text(readme, with_tables(text, tables, readme))

@@ -21,7 +21,8 @@ rows the hashes of today's settings, for a change of settings that changes no re
 at once: one waits for the end of a run that another one makes, or that a killed one left behind.
 
 In place of trials, a file may have PARTS, the names of other experiments. They are run and shown
-first; then tables and draw are given the rows of all of them, each with its "experiment".
+first; then tables and draw are given the rows of all of them, each with its "experiment". READMES
+names other files that show the same tables, such as ("../../README.md",).
 """
 
 import concurrent.futures

@@ -116,6 +116,11 @@ class Sweep:
         parts = [{"experiment": part.name, **row} for part in self.parts for row in part.shown()]
         return [*parts, *self.rows().values()]
 
+    def readmes(self) -> list[str]:
+        """The files that show its tables."""
+        names = ("README.md", *getattr(self.module, "READMES", ()))
+        return [os.path.join(self.folder, name) for name in names]
+
     def tables(self) -> dict[str, results.Table]:
         """The tables of its README.md."""
         return self.module.tables(self.shown())
@@ -155,10 +160,11 @@ class Sweep:
             yield
 
     def show(self) -> None:
-        """Writes the tables into the README.md and draws the picture."""
+        """Writes the tables into the README.md, and others that it names, and draws the picture."""
         if not self.shown():
             raise config.UserError(f"{self.results} has no row; run the sweep without --show first")
-        results.write_tables(os.path.join(self.folder, "README.md"), self.tables())
+        for readme in self.readmes():
+            results.write_tables(readme, self.tables())
         figure = self.module.draw(self.shown())
         figure.savefig(os.path.join(self.folder, f"{self.name}.png"))
 

@@ -67,10 +67,12 @@ def test_rows(name):
 @pytest.mark.parametrize("name", RUN)
 def test_readme_and_picture(name):
     """Tables are those of the committed rows, of which the picture can be drawn."""
-    sweep, text = of(name), readme(name)
+    sweep = of(name)
     again = f"run python -m memjax.sweep --sweep=experiments/{name}/sweep.py --show"
-    assert results.with_tables(text, sweep.tables()) == text, again
-    assert f"]({name}.png)" in text
+    for path in map(pathlib.Path, sweep.readmes()):
+        text = path.read_text(encoding="utf-8")
+        assert results.with_tables(text, sweep.tables()) == text, again
+        assert f"{name}.png)" in text
     check(sweep.module.draw(sweep.shown()))
 
 

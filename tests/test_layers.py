@@ -151,6 +151,15 @@ def test_log_decay_starts_as_published(low):
     assert distance(g[0, 0], -rate * dt) <= 1e-5
 
 
+def test_log_decay_starts_with_a_half_life():
+    x = np.zeros((1, 1, 2), np.float32)
+    for half_life in (0.5, 64.0):
+        g, _ = run(layers.LogDecay(3, half_life=half_life, channels=2, rank=1), x)
+        assert distance(half_life * g[0, 0], np.full((3, 2), np.log(0.5))) <= 1e-5
+    with pytest.raises(ValueError, match="half_life: tokens, or 0 .* given -1"):
+        run(layers.LogDecay(3, half_life=-1.0), x)
+
+
 def test_log_decay_reads_its_input():
     x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
     g, params = run(layers.LogDecay(4, std=1.0), x)

@@ -37,11 +37,12 @@ def tables(rows):
     head = ["cell", *(f"lr {lr}, mean of seeds (sd)" for lr in RATES), "whole rows, better lr"]
     lines = []
     for cell in CELLS:
-        groups = [results.select(rows, cell=cell, lr=lr) for lr in RATES]
-        found = [group for group in groups if group]
-        if found:
-            best = max(found, key=lambda group: results.mean(group, "query_accuracy"))
-            accuracies = [results.spread(group, "query_accuracy") for group in groups]
+        group = results.select(rows, cell=cell)
+        if group:
+            accuracies = [
+                results.spread(results.select(group, lr=lr), "query_accuracy") for lr in RATES
+            ]
+            best = results.best(group, "lr", "query_accuracy")
             lines.append([f"`{cell}`", *accuracies, results.spread(best, "sequence_accuracy")])
     return {"accuracy": (head, lines)}
 

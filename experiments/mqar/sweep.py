@@ -44,8 +44,7 @@ def keep(found):
 
 def best(rows, cell, dim):
     """The rows of the learning rate whose mean score is higher."""
-    groups = [results.select(rows, cell=cell, dim=dim, lr=lr) for lr in RATES]
-    return max(filter(None, groups), key=lambda group: results.mean(group, "score"), default=[])
+    return results.best(results.select(rows, cell=cell, dim=dim), "lr", "score")
 
 
 def tables(rows):
@@ -94,5 +93,5 @@ def draw(rows):
     left.set_title("widths 32 and 64, a point a seed")
     for axes in (left, right):
         axes.grid(alpha=0.25)
-    right.legend(fontsize=8)
+    left.legend(*right.get_legend_handles_labels(), fontsize=8, loc="lower right")
     return figure

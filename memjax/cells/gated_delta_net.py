@@ -44,16 +44,20 @@ class GatedDeltaNet(MatrixMemory):
 
 
 class GatedDeltaNetMixer(DeltaNetMixer):
-    """DeltaNet's mixer with Mamba-2's decay and an output RMSNorm gated by SiLU."""
+    """DeltaNet's mixer with Mamba-2's decay and an output RMSNorm gated by SiLU.
+
+    half_life: tokens, of every memory before training; 0: drawn.
+    """
 
     gate: str = "silu"
+    half_life: float = 0.0
 
     def make_cell(self):
         return GatedDeltaNet(*self.sizes())
 
     def setup(self):
         super().setup()
-        self.log_decay = LogDecay(self.memories, std=self.std, low=0.0)
+        self.log_decay = LogDecay(self.memories, self.std, 0.0, self.half_life)
 
     def inputs(self, x, state, ctx):
         xs, kept, state = super().inputs(x, state, ctx)

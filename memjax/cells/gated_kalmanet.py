@@ -171,9 +171,10 @@ class GatedKalmaNet(MemoryCell):
 
 class GatedKalmaNetMixer(DeltaNetMixer):
     """Gated DeltaNet's layer with beta + 1e-6; alpha = sigmoid(W x + b). beta_max is 1. ridge,
-    iterations: see the cell."""
+    iterations: see the cell. half_life: tokens, of every memory before training; 0: drawn."""
 
     gate: str = "silu"
+    half_life: float = 0.0
     ridge: float = 0.02
     iterations: int = 30
 
@@ -184,7 +185,7 @@ class GatedKalmaNetMixer(DeltaNetMixer):
         super().setup()
         if self.beta_max > 1:
             raise ValueError(f"gated_kalmanet: beta_max must lie in (0, 1]; given {self.beta_max}")
-        self.log_decay = LogDecay(self.memories, std=self.std, low=0.0)
+        self.log_decay = LogDecay(self.memories, self.std, 0.0, self.half_life)
         self.share = Gate(self.memories, self.std)
 
     def inputs(self, x, state, ctx):

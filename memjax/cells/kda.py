@@ -46,10 +46,11 @@ class KDA(MatrixMemory):
 
 class KDAMixer(DeltaNetMixer):
     """DeltaNet's mixer with a decay per channel, W of rank V, and an output RMSNorm gated by a
-    sigmoid of rank V."""
+    sigmoid of rank V. half_life: tokens, of every channel before training; 0: drawn."""
 
     gate: str = "sigmoid"
     gate_rank: str = "value"
+    half_life: float = 0.0
 
     def make_cell(self):
         return KDA(*self.sizes())
@@ -57,7 +58,9 @@ class KDAMixer(DeltaNetMixer):
     def setup(self):
         super().setup()
         key, value = self.sizes()
-        self.log_decay = LogDecay(self.memories, self.std, low=1.0, channels=key, rank=value)
+        self.log_decay = LogDecay(
+            self.memories, self.std, 1.0, self.half_life, channels=key, rank=value
+        )
 
     def inputs(self, x, state, ctx):
         xs, kept, state = super().inputs(x, state, ctx)

@@ -22,7 +22,7 @@ class Mamba2Mixer(Mixer):
 
     heads: of x, each expand dim / heads wide (P). groups: a divisor of heads, each with a B and a
     C of state_dim channels (N). convolution: width of the short convolution, 0 for a
-    SiLU alone. A ~ U(1, 16), D = 1.
+    SiLU alone. A ~ U(1, 16), D = 1. half_life: tokens, of every head before training; 0: drawn.
     """
 
     beside = ("gate", "D")
@@ -32,6 +32,7 @@ class Mamba2Mixer(Mixer):
     groups: int = 1
     state_dim: int = 128
     convolution: int = 4
+    half_life: float = 0.0
 
     @property
     def memories(self):
@@ -69,7 +70,7 @@ class Mamba2Mixer(Mixer):
             init = nn.with_logical_partitioning(init, ("heads",))
             return self.param(name, init, (self.heads,), jnp.float32)
 
-        a_log, dt_bias = decay_parameters(low=1.0)
+        a_log, dt_bias = decay_parameters(1.0, self.half_life)
         self.a_log, self.dt_bias = head("A_log", a_log), head("dt_bias", dt_bias)
         self.skip = head("D", nn.initializers.ones)
 

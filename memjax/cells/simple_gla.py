@@ -40,16 +40,20 @@ class SimpleGLA(MatrixMemory):
 
 
 class SimpleGLAMixer(ProjectionMixer):
-    """Unit-norm queries and keys, Mamba-2's decay, output RMSNorm gated by SiLU."""
+    """Unit-norm queries and keys, Mamba-2's decay, output RMSNorm gated by SiLU.
+
+    half_life: tokens, of every memory before training; 0: drawn.
+    """
 
     gate: str = "silu"
+    half_life: float = 0.0
 
     def make_cell(self):
         return SimpleGLA(*self.sizes())
 
     def setup(self):
         super().setup()
-        self.log_decay = LogDecay(self.memories, std=self.std, low=1.0)
+        self.log_decay = LogDecay(self.memories, self.std, 1.0, self.half_life)
 
     def inputs(self, x, state, ctx):
         q, k, v, state = self.project_unit(x, state, ctx)

@@ -259,19 +259,27 @@ def previous(
     return before, state
 
 
-def decay_parameters(low: float, high: float = 16.0) -> tuple[Callable, Callable]:
+def decay_parameters(low: float, half_life: float = 0.0) -> tuple[Callable, Callable]:
     """Initialisers of A_log and dt_bias in Mamba-2's style (Dao & Gu 2024, arXiv 2405.21060).
 
-    A ~ U(low, high), kept at 1e-4 or above so that its logarithm is finite; dt is log-uniform in
-    [1e-3, 1e-1] and dt_bias its inverse softplus.
+    A ~ U(low, 16), kept at 1e-4 or above so that its logarithm is finite; dt is log-uniform in
+    [1e-3, 1e-1] and dt_bias its inverse softplus. half_life: if not 0, dt is 1e-2 and A such that
+    a memory fades to a half in so many tokens: with a single head the draw decides what can be
+    learned from (experiments/first_decay).
     """
+    if half_life < 0:
+        raise ValueError(f"half_life: tokens, or 0 for decays that are drawn; given {half_life}")
+    middle = 1e-2
 
     def a_log(key, shape, dtype):
-        return jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, low, high), 1e-4))
+        if half_life:
+            return jnp.full(shape, jnp.log(jnp.log(2.0) / (half_life * middle)), dtype)
+        return jnp.log(jnp.maximum(jax.random.uniform(key, shape, dtype, low, 16.0), 1e-4))
 
     def dt_bias(key, shape, dtype):
         low, high = jnp.log(1e-3), jnp.log(1e-1)
-        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)
+        drawn = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)
+        dt = jnp.full(shape, middle, dtype) if half_life else drawn
         return dt + jnp.log(-jnp.expm1(-dt))
 
     return a_log, dt_bias
@@ -296,12 +304,13 @@ class LogDecay(nn.Module):
     """g = -exp(A_log) softplus(W x + dt_bias): log decays <= 0, in float32.
 
     One for each head; with `channels` one for each of its key channels, where A_log stays one per
-    head and W has rank `rank`. low: of A's distribution.
+    head and W has rank `rank`. low, half_life: see `decay_parameters`.
     """
 
     heads: int
     std: float = 0.02
     low: float = 0.0
+    half_life: float = 0.0
     channels: int = 0
     rank: int = 0
 
@@ -309,7 +318,7 @@ class LogDecay(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H *K"]:
         shape: tuple[int, ...] = (self.heads,)
         axes: tuple[str, ...] = ("heads",)
-        a_log_init, dt_bias_init = decay_parameters(self.low)
+        a_log_init, dt_bias_init = decay_parameters(self.low, self.half_life)
         a_log = self.param(
             "A_log", nn.with_logical_partitioning(a_log_init, axes), shape, jnp.float32
         )
