@@ -52,6 +52,15 @@ def scientific(number: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def memory(compiled: jax.stages.Compiled) -> str:
+    """What a compiled program takes of one device, where its compiler says so."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return ""
+    held, free = (human(n) for n in (found.argument_size_in_bytes, found.temp_size_in_bytes))
+    return f"; a device holds {held}B of state and batch and needs {free}B of temporary memory"
+
+
 def _fixed(number: float, digits: int) -> str:
     return f"{number:.{digits}f}" if abs(number) < 1000 else f"{number:.1e}"
 

@@ -4,7 +4,8 @@
     python -m memjax.train --config=configs/quickstart.py --workdir=runs/x --config.optim.lr=1e-3
 
 The same command continues a run that was interrupted, bit for bit on CPU. The workdir receives
-config.json, metrics.jsonl, checkpoints/, loss.png and summary.json. Exit codes: 0 finished, 75
+config.json, metrics.jsonl, checkpoints/, loss.png and summary.json, with --profile=100:5 also
+profile/, a trace of 5 steps behind the 100th (see memjax/profile.py). Exit codes: 0 finished, 75
 interrupted by SIGTERM or Ctrl-C after saving, 2 a mistake in the request, 1 a defect or a loss that
 is not finite.
 """
@@ -112,7 +113,7 @@ def _train(settings, workdir, profile, stopped):
     began = time.perf_counter()
     advance = lowered.compile()
     if step < settings.steps:
-        took, needs = time.perf_counter() - began, memory_in_words(advance)
+        took, needs = time.perf_counter() - began, progress.memory(advance)
         show.note(f"compiled in {took:.1f} s{needs}")
     peak = chips.peak(list(run.mesh.devices.flat))
     if profile:
@@ -252,17 +253,6 @@ def sample_text(model, params, tokeniser, length: int) -> str:
     length = length if room is None else min(length, room - 1)  # the document's start is a token
     tokens = generate.sample(model, params, [text_tokens.BOS], length, temperature=0.7)
     return "".join(generate.stream_text(tokens, tokeniser))
-
-
-def memory_in_words(compiled: jax.stages.Compiled) -> str:
-    """What a compiled program takes of one device, where its compiler says so."""
-    found = compiled.memory_analysis()
-    if found is None:
-        return ""
-    held, free = (
-        progress.human(n) for n in (found.argument_size_in_bytes, found.temp_size_in_bytes)
-    )
-    return f"; a device holds {held}B of state and batch and needs {free}B of temporary memory"
 
 
 def state_bytes(model, params: Any) -> int:
