@@ -54,18 +54,20 @@ def tables(rows):
 
 def line(row):
     held = row["bytes"]
-    state = held["parameters"] + held["optimiser"]
     tokens = row["rows"] * row["length"] // row["devices"]
     pieces = f" in {row['accumulate']} pieces" if row["accumulate"] > 1 else ""
+    if row["fits"]:
+        compiled = [size_in_words(held[name]) for name in ("temporary", "peak")]
+        compiled += [f"yes, {size_in_words(row['memory'])}", moved(row["collectives"])]
+    else:
+        needs, offered = (size_in_words(row[name]) for name in ("needs", "offered"))
+        compiled = ["-", "-", f"no: the compiler needs {needs} of {offered}", "-"]
     return [
         row["context"],
         f"`{row['topology']}`",
         f"{tokens}{pieces}",
-        size_in_words(state),
-        size_in_words(held["temporary"]) if row["fits"] else "-",
-        size_in_words(held["peak"] if row["fits"] else row["needs"]),
-        f"{'yes' if row['fits'] else 'no'}, {size_in_words(row['memory'])}",
-        moved(row["collectives"]) if row["fits"] else "-",
+        size_in_words(held["parameters"] + held["optimiser"]),
+        *compiled,
         f"{row['seconds_at_least']:.2f} s",
         f"{100 * row['mfu_at_most']:.0f} %",
         f"{row['compile_seconds']:.0f} s",
