@@ -1,13 +1,14 @@
 """Checkpoints: all of orbax behind one module.
 
 `workdir/checkpoints/<step>/` holds `state` (the training state's arrays), `data` (the position of
-the grain iterator) and `meta` (JSON: config, data facts, clock, versions). A save is asynchronous
-and appears under its step's name only when it is complete: a process killed in the middle leaves
-the step before, and nothing has to be cleaned by hand. An older step is deleted only after a newer
-one is complete.
+the grain iterator, the same in the file of every process) and `meta` (JSON: config, data facts,
+clock, versions). A save is asynchronous and appears under its step's name only when it is complete:
+a process killed in the middle leaves the step before, and nothing has to be cleaned by hand. An
+older step is deleted only after a newer one is complete.
 """
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,16 +120,18 @@ class Checkpoints:
         meta = self.meta(step)
         check_meta(meta, expect or {}, f"{self.root}/{step}", ignore)
         _check_tree(self.root, step, abstract_state)
-        items = {"state": ocp.args.StandardRestore(abstract_state)}
+        # That of process 0, of however many: grain's own handler wants as many as there were.
+        places = [*(epath.Path(self.root) / str(step) / "data").glob("process_0-of-*.json")]
+        if data_iterator is not None and not places:
+            raise UserError(
+                f"{self.root}/{step} holds no data position, so this run cannot "
+                "continue its data; use another --workdir."
+            )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        state = self._manager.restore(step, args=args)["state"]
         if data_iterator is not None:
-            if not (epath.Path(self.root) / str(step) / "data").exists():
-                raise UserError(
-                    f"{self.root}/{step} holds no data position, so this run cannot "
-                    "continue its data; use another --workdir."
-                )
-            items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return step, restored["state"], meta
+            data_iterator.set_state(json.loads(places[0].read_text()))
+        return step, state, meta
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -298,7 +301,8 @@ def check_meta(
         if lines:
             raise UserError(other_config(f"{where} is of a run", lines))
     if "data" in stored and "data" in expect:
-        lines = difference(stored["data"], expect["data"], ("hash",))
+        # Earlier runs also say how many shards documents were dealt to, which was always one.
+        lines = difference(stored["data"], expect["data"], ("hash", "shards"))
         if lines:
             there, here = (
                 facts.get("hash", "without a hash") for facts in (stored["data"], expect["data"])

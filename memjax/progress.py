@@ -144,6 +144,30 @@ class Progress:
             self._bar.close()
 
 
+def report(summary: dict[str, Any], workdir: str) -> str:
+    """What a finished run says at its end."""
+    lines = [""]
+    key = "bits_per_byte" if "bits_per_byte" in summary else "query_accuracy"
+    unit = "held-out bits per byte" if key == "bits_per_byte" else "query accuracy"
+    rows = {**summary["baselines"], "this model": summary[key]}
+    lines.append(f"{unit}:")
+    for name, value in sorted(rows.items(), key=lambda row: -row[1]):
+        lines.append(f"  {name:<12} {value:.4f}" + ("  <-" if name == "this model" else ""))
+    if "sample" in summary:
+        lines += ["", "a sample, from the start of a document:", "", summary["sample"]]
+    lines += [
+        "",
+        (
+            f"{summary['steps']} steps in {duration(summary['seconds'])}, "
+            f"{human(summary['tokens_per_second'])} tokens/s, "
+            f"{human(summary['parameters'])} parameters"
+        ),
+        f"loss curve: {os.path.join(workdir, 'loss.png')}",
+        f"figures:    {os.path.join(workdir, 'summary.json')}",
+    ]
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- the loss curve
 
 _UNITS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}

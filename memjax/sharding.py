@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -80,6 +81,13 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
             f"a multiple of {parts}."
         )
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def share(mesh: Mesh, rows: int) -> list[int] | None:
+    """Which rows of a batch lie on devices of this process, in order; None for all of them."""
+    places = batch_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values()
+    here = np.unique([row for place in places if place for row in range(rows)[place[0]]]).tolist()
+    return None if len(here) == rows else here
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

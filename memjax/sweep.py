@@ -43,8 +43,9 @@ from typing import Any, TextIO
 from absl import app, flags, logging
 
 from memjax import config, evaluate, metrics, progress, results
+from memjax.locks import lock
 from memjax.train import UNFINISHED
-from memjax.trials import Sweep, Trial, lock
+from memjax.trials import Sweep, Trial
 
 # What a row keeps of a run's summary.json.
 KEPT = (

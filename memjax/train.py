@@ -8,19 +8,27 @@ config.json, metrics.jsonl, checkpoints/, loss.png and summary.json, with --prof
 profile/, a trace of 5 steps behind the 100th (see memjax/profile.py). Exit codes: 0 finished, 75
 interrupted by SIGTERM or Ctrl-C after saving, 2 a mistake in the request, 1 a defect or a loss that
 is not finite.
+
+On several hosts, start the same command on each, with a workdir that all of them share. TPU slices,
+Slurm (srun), Open MPI and Kubernetes are found by jax; elsewhere set on each host
+
+    JAX_COORDINATOR_ADDRESS=HOST:PORT    of process 0, a port that is free there
+    JAX_NUM_PROCESSES=2
+    JAX_PROCESS_ID=0    or 1
+
+JAX_NUM_PROCESSES=1 trains in this process alone. SIGTERM or Ctrl-C to one of several saves and ends
+all.
 """
 
 import itertools
 import math
 import os
 import platform
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from importlib import metadata
 from typing import Any
 
@@ -35,6 +43,8 @@ from memjax import (
     config,
     cost,
     generate,
+    hosts,
+    locks,
     metrics,
     progress,
     train_step,
@@ -58,22 +68,24 @@ def train(settings: Any, workdir: str, profile: str = "") -> dict[str, Any]:
     Raises config.UserError for settings that cannot work and FloatingPointError for a loss that
     is not finite.
     """
-    with signals() as stopped:
-        return _train(settings, workdir, profile, stopped)
+    with hosts.signals() as stopped, ExitStack() as held:
+        return _train(settings, workdir, profile, stopped, held)
 
 
-def _train(settings, workdir, profile, stopped):
+def _train(settings, workdir, profile, stopped, held):
     # ------------------------------------------------------------------ what is trained
     check_intervals(settings)
     trace = Trace(profile, workdir)
-    with config.user_errors("config"):
+    hosts.check_same("command", {"workdir": os.path.abspath(workdir), "config": settings})
+    with hosts.agreement(), config.user_errors("config"):
         run = train_step.build(settings)
         abstract = run.abstract_state()
         _, lowered = run.lower()
     start = None
     if settings.get("init_from") and not checkpoint.exists(workdir):
         start = parameters_of(settings.init_from, abstract.params)
-    config.claim(workdir, settings, MAY_CHANGE)
+    hosts.check_same("data", run.data.fingerprint)
+    claim(workdir, settings, held)
     summary = {
         "finished": False,
         "step": 0,
@@ -96,8 +108,9 @@ def _train(settings, workdir, profile, stopped):
     step, state, saved = restored if restored else (0, run.init(), {})
     if start is not None:
         state = state._replace(params=start)
-    if run.data.tokeniser is not None and run.data.tokeniser.model:  # the data is the run's
-        config.write_text(os.path.join(workdir, generate.TOKENISER), run.data.tokeniser.model)
+    tokeniser = run.data.tokeniser
+    if hosts.first() and tokeniser is not None and tokeniser.model:  # the data is the run's
+        config.write_text(os.path.join(workdir, generate.TOKENISER), tokeniser.model)
     clock = metrics.Clock(**saved.get("clock", {}))
     log = metrics.Metrics(
         workdir,
@@ -127,7 +140,8 @@ def _train(settings, workdir, profile, stopped):
         at, values = arrived
         for name in ("loss", "grad_norm"):  # before the state of this step can be saved
             if not math.isfinite(values[name]):
-                looked_at = os.path.join(workdir, "nonfinite.npz")
+                own = "" if jax.process_count() == 1 else f"-{jax.process_index()}"
+                looked_at = os.path.join(workdir, f"nonfinite{own}.npz")
                 np.savez(looked_at, **dict(fed)[at])
                 raise FloatingPointError(
                     f"the {name} of step {at} is {values[name]}; its batch is in {looked_at}, the "
@@ -174,7 +188,7 @@ def _train(settings, workdir, profile, stopped):
             clock.tick(per_step)
             switch(trace.ends(step))
             record(late.push(step, values))
-            last = step == settings.steps or bool(stopped)
+            last = step == settings.steps or stopped()
             if last or due(step) or saver.due(step):
                 with clock.paused(wait_for=state):
                     record(late.flush())
@@ -191,14 +205,25 @@ def _train(settings, workdir, profile, stopped):
             "seconds": round(clock.spent, 3),
             "tokens_per_second": round(clock.mean_tokens_per_second(), 1),
         }
-        if step == settings.steps and not stopped:
+        if step == settings.steps and not stopped():
             show.note("evaluating")
             summary |= evaluate_once(workdir, evaluate, step, None)
-            summary |= {"finished": True, "baselines": run.data.baselines()}
-            if run.data.bytes_per_token and settings.eval.sample:
+            summary["finished"] = True
+            if run.data.bytes_per_token and settings.eval.sample and jax.process_count() == 1:
                 summary["sample"] = sample_text(
-                    run.model, state.params, run.data.tokeniser, settings.eval.sample
+                    run.model, state.params, tokeniser, settings.eval.sample
                 )
+    if hosts.first():
+        write_end(run, workdir, summary)
+    log.close()
+    show.close()
+    return summary
+
+
+def write_end(run: train_step.Training, workdir: str, summary: dict[str, Any]) -> None:
+    """summary.json and loss.png."""
+    if summary["finished"]:
+        summary["baselines"] = run.data.baselines()
     metrics.write_json(os.path.join(workdir, "summary.json"), summary)
     progress.plot_loss(
         os.path.join(workdir, "metrics.jsonl"),
@@ -206,9 +231,6 @@ def _train(settings, workdir, profile, stopped):
         summary.get("baselines"),
         title=os.path.basename(os.path.abspath(workdir)),
     )
-    log.close()
-    show.close()
-    return summary
 
 
 # The lowest values of settings that count steps, batches or tokens, and what a zero means.
@@ -231,6 +253,20 @@ def check_intervals(settings: Any) -> None:
             raise config.UserError(f"config.{name}={value}: must be at least {low}{zero}")
 
 
+def claim(workdir: str, settings: Any, held: ExitStack) -> None:
+    """Makes the workdir this run's, until `held` is left. Raises UserError when it is another's."""
+    with hosts.agreement():
+        if hosts.first():
+            held.enter_context(locks.alone(workdir))
+            config.claim(workdir, settings, MAY_CHANGE)
+    with hosts.agreement():
+        if not os.path.exists(os.path.join(workdir, "config.json")):
+            raise config.UserError(
+                f"--workdir={workdir} is another folder than that of process 0; give one that all "
+                "hosts share"
+            )
+
+
 def parameters_of(folder: str, abstract_params: Any) -> Any:
     """The last parameters of another run, placed as `abstract_params` says."""
     try:
@@ -240,11 +276,15 @@ def parameters_of(folder: str, abstract_params: Any) -> Any:
 
 
 def evaluate_once(workdir, evaluate, step, limit) -> dict[str, float]:
-    """The held-out metrics of a step; read back when an interrupted run had recorded them."""
-    for record in metrics.read_records(os.path.join(workdir, "metrics.jsonl")):
-        if record["kind"] == "eval" and record["step"] == step:
-            return {k: v for k, v in record.items() if k not in ("step", "time", "kind")}
-    return evaluate(step, limit)
+    """The held-out metrics of a step; read back when an interrupted run had recorded them.
+
+    Process 0 decides; what the others have is not used.
+    """
+    records = metrics.read_records(os.path.join(workdir, "metrics.jsonl"))
+    found = [r for r in records if r["kind"] == "eval" and r["step"] == step]
+    if not hosts.gather("recorded" if found else "")[0]:
+        return evaluate(step, limit)
+    return {k: v for r in found for k, v in r.items() if k not in ("step", "time", "kind")}
 
 
 def sample_text(model, params, tokeniser, length: int) -> str:
@@ -264,7 +304,9 @@ def state_bytes(model, params: Any) -> int:
 def describe(show, run: train_step.Training, summary: dict[str, Any], step: int) -> None:
     """Says once what runs where on what."""
     device = jax.devices()[0].device_kind
-    show.note(f"memjax {__version__}, jax {jax.__version__}, {jax.device_count()} x {device}")
+    shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    devices = f"{jax.device_count()} x {device}{shared}"
+    show.note(f"memjax {__version__}, jax {jax.__version__}, {devices}")
     show.note(
         f"model: {progress.human(summary['parameters'])} parameters, "
         f"{progress.human(summary['flops_per_token'])} model FLOPs a token, "
@@ -302,53 +344,6 @@ def version(package: str) -> str:
         return "not installed"
 
 
-@contextmanager
-def signals():
-    """A list that receives SIGTERM or SIGINT; a second signal ends the process as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number, frame):
-        del frame
-        # Not print, which a signal may find in the middle of a line.
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def report(summary: dict[str, Any], workdir: str) -> str:
-    """What a finished run says at its end."""
-    lines = [""]
-    key = "bits_per_byte" if "bits_per_byte" in summary else "query_accuracy"
-    unit = "held-out bits per byte" if key == "bits_per_byte" else "query accuracy"
-    rows = {**summary["baselines"], "this model": summary[key]}
-    lines.append(f"{unit}:")
-    for name, value in sorted(rows.items(), key=lambda row: -row[1]):
-        lines.append(f"  {name:<12} {value:.4f}" + ("  <-" if name == "this model" else ""))
-    if "sample" in summary:
-        lines += ["", "a sample, from the start of a document:", "", summary["sample"]]
-    lines += [
-        "",
-        (
-            f"{summary['steps']} steps in {progress.duration(summary['seconds'])}, "
-            f"{progress.human(summary['tokens_per_second'])} tokens/s, "
-            f"{progress.human(summary['parameters'])} parameters"
-        ),
-        f"loss curve: {os.path.join(workdir, 'loss.png')}",
-        f"figures:    {os.path.join(workdir, 'summary.json')}",
-    ]
-    return "\n".join(lines)
-
-
 @config.exit_on_user_error
 def main(argv: Sequence[str]) -> int:
     if argv[1:]:
@@ -360,6 +355,7 @@ def main(argv: Sequence[str]) -> int:
     settings, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     if not workdir:
         raise config.UserError("--workdir is missing; write --workdir=runs/NAME")
+    hosts.initialise()
     try:
         summary = train(settings, workdir, flags.FLAGS.profile)
     except FloatingPointError as err:
@@ -370,10 +366,12 @@ def main(argv: Sequence[str]) -> int:
             f"{err.filename or workdir} cannot be written ({err.strerror or err}). Make room, then "
             "give the same command again: it continues from the last complete checkpoint"
         ) from err
+    if not hosts.first():
+        return 0 if summary["finished"] else UNFINISHED
     if not summary["finished"]:
         print(f"stopped at step {summary['step']} and saved; the same command continues")
         return UNFINISHED
-    print(report(summary, workdir))
+    print(progress.report(summary, workdir))
     if settings.get("next_steps"):
         print("\nwhat to try next:\n" + settings.next_steps.format(workdir=workdir))
     return 0

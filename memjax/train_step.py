@@ -200,7 +200,7 @@ class Training:
 
     model: the Linen module. data: its batches (see `memjax.data.Data`). mesh: the devices.
     optimizer, schedule: of optax. step, evaluate: jitted (state, batch) -> (state, metrics), with
-    the state donated, and (params, batch) -> sums. seed: of the parameters.
+    the state donated, and (params, batch) -> sums. rows: of a batch. seed: of the parameters.
     """
 
     model: LanguageModel
@@ -210,6 +210,7 @@ class Training:
     schedule: Callable
     step: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
+    rows: int
     seed: int
 
     def abstract_state(self) -> TrainState:
@@ -235,9 +236,9 @@ class Training:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a training batch."""
-        placed = sharding.batch_sharding(self.mesh, len(self.data.example["inputs"]))
+        placed = sharding.batch_sharding(self.mesh)
         return {
-            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed)
+            name: jax.ShapeDtypeStruct((self.rows, *a.shape[1:]), a.dtype, sharding=placed)
             for name, a in self.data.example.items()
         }
 
@@ -249,9 +250,12 @@ class Training:
             return traced.jaxpr.jaxpr, traced.lower()
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Moves a batch to the devices, rows spread over them."""
-        placed = sharding.batch_sharding(self.mesh, len(batch["inputs"]))
-        return {name: jax.device_put(array, placed) for name, array in batch.items()}
+        """Moves a batch to the devices, rows spread over them; a process gives its own rows."""
+        placed = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(placed, array)
+            for name, array in batch.items()
+        }
 
     def evaluation(self, params: PyTree, limit: int | None = None) -> dict[str, float]:
         """Held-out metrics over all evaluation batches, or over `limit` of them."""
@@ -285,21 +289,24 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Training:
     Raises ValueError with one message for a setting that does not exist or does not fit.
     """
     model_config = model_of(config)
-    source = data.make(config.data, batch=config.batch, seed=config.seed, read=devices is None)
+    mesh = sharding.mesh(config.mesh, devices)
+    if config.accumulate < 1 or config.batch % config.accumulate:
+        raise ValueError(
+            f"accumulate {config.accumulate} does not divide the batch of {config.batch} rows"
+        )
+    sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
+    share = sharding.share(mesh, config.batch) if devices is None else None
+    source = data.make(
+        config.data, batch=config.batch, seed=config.seed, share=share, read=devices is None
+    )
     for name in ("vocab", "features"):
         given, needed = getattr(model_config, name), getattr(source, name)
         if given != needed:
             raise ValueError(
                 f"model.{name} is {given}, the data has {needed}; set model.{name} to {needed}"
             )
-    if config.accumulate < 1 or config.batch % config.accumulate:
-        raise ValueError(
-            f"accumulate {config.accumulate} does not divide the batch of {config.batch} rows"
-        )
     model = LanguageModel(model_config)
     optimizer, schedule = optim.make(config.optim, config.steps)
-    mesh = sharding.mesh(config.mesh, devices)
-    sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
     step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)
     run = Training(
         model=model,
@@ -309,6 +316,7 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Training:
         schedule=schedule,
         step=jax.jit(step, donate_argnums=0),
         evaluate=jax.jit(make_eval_step(model, source.evaluation_queries)),
+        rows=config.batch,
         seed=config.seed,
     )
     # Left to itself, XLA may return a parameter placed otherwise than it came.

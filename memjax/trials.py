@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -11,11 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from memjax import config, results
+from memjax.locks import lock
 from memjax.train import MAY_CHANGE
 
 
@@ -167,14 +167,3 @@ class Sweep:
             results.write_tables(readme, self.tables())
         figure = self.module.draw(self.shown())
         figure.savefig(os.path.join(self.folder, f"{self.name}.png"))
-
-
-def lock(file: TextIO, wait: bool) -> bool:
-    """Locks a file until every process that was given it has closed it; False if it is locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True

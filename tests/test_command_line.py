@@ -79,7 +79,7 @@ MISTAKES = {
     "--config.model.dtype=float23": ["'float23'", "float32, bfloat16"],
     "--config.model.vocab=33": ["model.vocab is 33", "the data has 32", "set model.vocab to 32"],
     "--config.accumulate=3": ["accumulate 3", "does not divide", "4 rows"],
-    "--config.batch=0": ["batch=0", "positive multiple"],
+    "--config.batch=0": ["batch=0", "positive number"],
     "--config.data.pairs=9": ["pairs=9", "more than length=16", "fewer pairs"],
     "--config.data.length=15": ["length=15 is odd", "such as 16"],
     "--config.data.name=mqra": ["'mqra'", "text, tfds, ", "Did you mean 'mqar'?"],

@@ -1,6 +1,5 @@
 """Packing, resume, evaluation, settings and fingerprints of memjax.data."""
 
-import itertools
 import json
 import math
 
@@ -89,16 +88,23 @@ def test_train_batches_are_the_shuffled_documents_end_to_end():
     assert first != second and first != texts
 
 
-def test_shards_share_out_the_documents():
-    texts = [bytes([i]) * 4 for i in range(8)]
-    whole = pipeline.text_rows(texts, length=4, batch=1, seed=1)
-    seen = []
-    for index in (0, 1):
-        it = iter(pipeline.text_rows(texts, length=4, batch=1, seed=1, shard=(index, 2)))
-        seen.append([int(next(it)["targets"][0, -1]) for _ in range(4)])
-    assert not set(seen[0]) & set(seen[1])
-    order = [int(b["targets"][0, -1]) for b in itertools.islice(iter(whole), 8)]
-    assert [order[0::2], order[1::2]] == seen
+@pytest.mark.parametrize("settings", [{}, {"name": "mqar", "length": 16, "pairs": 2}])
+def test_shares_are_rows_of_the_same_batches(folder, settings):
+    """And whoever continues from the place of one of them reads on with all rows."""
+    given = dict(config_data=settings or config(folder), batch=6, seed=3)
+    whole = data.make(**given)
+    shares = [data.make(**given, share=rows) for rows in ([0, 3], [1, 2, 4, 5])]
+    for part, rows in zip(shares, ([0, 3], [1, 2, 4, 5]), strict=True):
+        assert part.fingerprint == whole.fingerprint
+        assert {k: v.shape for k, v in part.example.items()} == {
+            k: (len(rows), *v.shape[1:]) for k, v in whole.example.items()
+        }
+        every, some = iter(whole.train), iter(part.train)
+        evaluations = zip(whole.evaluation(3), part.evaluation(3), strict=True)
+        batches = [*evaluations, *((next(every), next(some)) for _ in range(5))]
+        for all_rows, taken in batches:
+            assert_same(taken, {key: array[rows] for key, array in all_rows.items()})
+        assert some.get_state() == every.get_state()
 
 
 def text_rows(shuffle=1):
@@ -157,10 +163,12 @@ def test_workers_take_turns_and_resume():
             assert_same(next(it), batch)
     finally:
         it.close()
-    # Each worker packs its own share of the documents, as a shard does.
-    shares = [iter(pipeline.text_rows(texts, shard=(i, 2), **order)) for i in (0, 1)]
-    for batch, share in zip(found, itertools.cycle(shares), strict=False):
-        assert_same(next(share), batch)
+    # Each worker packs every second document, and batches come from them in turn.
+    shuffled = grain.MapDataset.source(pipeline.Documents(texts)).seed(5).shuffle().repeat(None)
+    for worker in (0, 1):
+        documents = [tokens.BYTES.document(shuffled[i])["tokens"] for i in range(worker, 40, 2)]
+        rows = np.concatenate(documents)[: 3 * 2 * 25].reshape(3, 2, 25)
+        np.testing.assert_array_equal([b["inputs"] for b in found[worker::2]], rows[..., :-1])
 
 
 # Evaluation ------------------------------------------------------------------------------------
@@ -183,7 +191,7 @@ def test_every_held_out_byte_is_scored_exactly_once(length, batch):
     np.testing.assert_array_equal(before, expected)
 
 
-def test_evaluation_limit_spreads_and_shards_agree(folder):
+def test_evaluation_limit_spreads(folder):
     whole = data.make(config(folder), batch=4, seed=0)
     full = list(whole.evaluation())
     assert len(full) == whole.evaluation_count > 6
@@ -193,11 +201,6 @@ def test_evaluation_limit_spreads_and_shards_agree(folder):
     assert len(list(whole.evaluation(10**6))) == len(full)
     with pytest.raises(ValueError, match="0 evaluation batches: allowed is at least 1, or None"):
         whole.evaluation(0)
-    halves = [data.make(config(folder), batch=4, seed=0, shard=(i, 2)) for i in (0, 1)]
-    for left, right, both in zip(*(h.evaluation() for h in halves), full, strict=True):
-        for key in both:
-            np.testing.assert_array_equal(np.stack([left[key], right[key]], 1),
-                                          both[key].reshape(2, 2, -1))  # fmt: skip
 
 
 # make and its fingerprint ----------------------------------------------------------------------
@@ -232,7 +235,6 @@ def test_fingerprint_does_not_depend_on_the_place(folder, tmp_path):
         ("workers", {"workers": 2}, {}),
         ("batch", {}, {"batch": 4}),
         ("seed", {}, {"seed": 1}),
-        ("shards", {}, {"shard": (0, 2)}),
     ],
 )
 def test_fingerprint_changes_with_each_setting(folder, fact, settings, order):
@@ -240,11 +242,6 @@ def test_fingerprint_changes_with_each_setting(folder, fact, settings, order):
     given = {"batch": 2, "seed": 0, **order}
     other = data.make(config(folder, **settings), **given).fingerprint
     assert {key for key in base if base[key] != other[key]} == {fact, "hash"}
-
-
-def test_fingerprint_is_one_for_all_shards(folder):
-    one, two = (data.make(config(folder), batch=2, seed=0, shard=(i, 2)) for i in (0, 1))
-    assert one.fingerprint == two.fingerprint
 
 
 def test_fingerprint_changes_with_the_files(folder):
@@ -293,10 +290,8 @@ def test_wrong_settings(wrong, message):
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ({"batch": 0}, r"batch=0 over 1 data shard.*positive multiple of the shards; use 1"),
-        ({"batch": 7, "shard": (0, 2)}, r"batch=7 over 2 data shard.*use [68]"),
+        ({"batch": 0}, r"batch=0: allowed is a positive number of rows; use 1 or more"),
         ({"seed": -1}, r"seed=-1: allowed is an integer from 0"),
-        ({"shard": (2, 2)}, r"shard=\(2, 2\): allowed is \(index, count\)"),
     ],
 )
 def test_wrong_order(folder, order, message):
@@ -395,11 +390,9 @@ class Numbers:
         return {"inputs": np.full(3, index, np.int32), "mask": np.ones(3, bool)}
 
 
-def test_task_batches_come_in_order_on_every_shard():
+def test_task_batches_come_in_order():
     rows = iter(pipeline.task_rows(Numbers(), batch=3))
     assert [next(rows)["inputs"][:, 0].tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    rows = iter(pipeline.task_rows(Numbers(), batch=2, shard=(1, 2)))
-    assert [next(rows)["inputs"][:, 0].tolist() for _ in range(2)] == [[1, 3], [5, 7]]
 
 
 def test_sources_agree_on_their_settings():

@@ -209,9 +209,14 @@ def workdir(tmp_path_factory):
 
 
 def test_the_workdir_of_a_finished_run(workdir):
-    assert {"config.json", "metrics.jsonl", "checkpoints", "loss.png", "summary.json"} == set(
-        os.listdir(workdir)
-    )
+    assert {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "loss.png",
+        "summary.json",
+    } == set(os.listdir(workdir))
     with open(f"{workdir}/summary.json", encoding="utf-8") as file:
         summary = json.load(file)
     assert summary["finished"] is True and summary["step"] == summary["steps"] == 12

@@ -6,6 +6,9 @@ is the first token of a document). A task's further arrays pass through.
 
 Training batches come from a grain IterDataset, whose iterators save and restore their place with
 `get_state` and `set_state`. Evaluation is a fixed finite list of batches of the same shapes.
+
+One of several processes makes its `share`, some rows of each batch. Batches, and the place in them,
+are the same however many processes share them out.
 """
 
 import math
@@ -77,39 +80,42 @@ def text_rows(
     length: int,
     batch: int,
     seed: int,
-    shard: tuple[int, int] = (0, 1),
+    share: Sequence[int] | None = None,
     shuffle: int = 1,
     workers: int = 0,
     tokeniser: Tokeniser = BYTES,
 ) -> grain.IterDataset:
     """Endless training batches of packed documents.
 
-    Documents are shuffled anew each epoch, then dealt to the shards, then laid end to end and cut
-    into rows of T + 1 tokens, and the rows are shuffled within windows: else the rows of a batch,
-    and of the batches after it, would come from one long document. A row may begin inside a
-    document: `reset` is False there.
+    Documents are shuffled anew each epoch, then laid end to end and cut into rows of T + 1 tokens,
+    and the rows are shuffled within windows: else the rows of a batch, and of the batches after
+    it, would come from one long document. A row may begin inside a document: `reset` is False
+    there. Where a row begins depends on all documents before it, so that one of several processes
+    lays out all rows and then keeps its share.
 
     Args:
       texts: the documents.
       length: T, tokens of a row.
-      batch: B, rows of one batch of this shard.
+      batch: B, rows of one batch.
       seed: of the shuffle.
-      shard: (index, count) of this data shard.
+      share: the rows of each batch to make, all by default.
       shuffle: rows of a window within which rows are shuffled; 1 leaves them in order, which a
         memory that is carried from row to row needs.
       tokeniser: of the documents.
       workers: processes that pack; 0 packs in this one. It is part of the order of the data.
     """
     documents = grain.MapDataset.source(Documents(texts)).seed(seed).shuffle().repeat(None)
-    # Shuffle before slicing: a shard's documents then do not depend on how the files are ordered.
-    documents = documents[shard[0] :: shard[1]].map(tokeniser.document)
+    documents = documents.map(tokeniser.document)
     row = {"tokens": length + 1, "start": length + 1}
     packed = grain.experimental.ConcatThenSplitIterDataset(_here(documents), length_struct=row)
     if shuffle > 1:
         packed = grain.experimental.WindowShuffleIterDataset(
             _Restorable(packed), window_size=shuffle, seed=seed
         )
-    rows = packed.batch(batch, drop_remainder=True).map(examples)
+    chosen = _index(share)
+    rows = packed.batch(batch, drop_remainder=True).map(
+        lambda whole: examples({key: array[chosen] for key, array in whole.items()})
+    )
     if workers:
         _parse_absl_flags()
         rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
@@ -117,26 +123,28 @@ def text_rows(
 
 
 def task_rows(
-    source: Any, *, batch: int, shard: tuple[int, int] = (0, 1), examples: int = 0, seed: int = 0
+    source: Any,
+    *,
+    batch: int,
+    share: Sequence[int] | None = None,
+    examples: int = 0,
+    seed: int = 0,
 ) -> grain.IterDataset:
     """Endless batches of a task source in the order of its index, or of its first examples only,
-    shuffled anew each epoch.
-
-    Global batch b of n shards holds examples b*n*B to (b+1)*n*B - 1, of which shard i takes every
-    n-th from the i-th.
+    shuffled anew each epoch. Only the rows of the share are made.
 
     Args:
       source: random access; `source[i]` is a dict of arrays [T].
-      batch: B, rows of one batch of this shard.
-      shard: (index, count) of this data shard.
+      batch: B, rows of one batch.
+      share: the rows of each batch to make, all by default.
       examples: how many there are; 0 for all that the source has, in order.
       seed: of the shuffle.
     """
-    dataset = grain.MapDataset.source(source)
+    numbers = grain.MapDataset.range(examples or len(source))
     if examples:
-        dataset = dataset[:examples].seed(seed).shuffle()
-    dataset = dataset.repeat(None)[shard[0] :: shard[1]]
-    return _here(dataset).batch(batch, drop_remainder=True)
+        numbers = numbers.seed(seed).shuffle()
+    batches, chosen = _here(numbers.repeat(None)).batch(batch, drop_remainder=True), _index(share)
+    return batches.map(lambda whole: _stacked([source[i] for i in whole[chosen]]))
 
 
 class TextEvaluation:
@@ -174,30 +182,36 @@ def evaluation_batches(
     *,
     count: int,
     batch: int,
-    shard: tuple[int, int] = (0, 1),
+    share: Sequence[int] | None = None,
     limit: int | None = None,
 ) -> Iterator[Batch]:
     """Batches of the first `count` rows in order, all of one shape.
 
-    The last is filled up with rows of zeros, whose mask is False. Every shard yields as many
-    batches as the others.
+    The last is filled up with rows of zeros, whose mask is False.
 
     Args:
       rows: random access; `rows[i]` is a dict of arrays [T].
       count: number of rows to cover.
-      batch: rows of one batch of this shard.
-      shard: (index, count) of this data shard.
+      batch: rows of one batch.
+      share: the rows of each batch to make, all by default.
       limit: at most so many batches, spread evenly over the rows; None yields all.
     """
-    everyone = batch * shard[1]
-    total = math.ceil(count / everyone)
+    total = math.ceil(count / batch)
     blank = {key: np.zeros_like(value) for key, value in rows[0].items()}
     kept = total if limit is None else min(limit, total)
     for number in range(kept):
-        first = number * total // kept * everyone
-        indices = range(first + shard[0], first + everyone, shard[1])
-        chosen = [rows[i] if i < count else blank for i in indices]
-        yield {key: np.stack([row[key] for row in chosen]) for key in blank}
+        first = number * total // kept * batch
+        indices = (first + row for row in (range(batch) if share is None else share))
+        yield _stacked([rows[i] if i < count else blank for i in indices])
+
+
+def _index(share: Sequence[int] | None) -> slice | list[int]:
+    """What picks the rows `share` of an array."""
+    return slice(None) if share is None else list(share)
+
+
+def _stacked(rows: Sequence[Batch]) -> Batch:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _here(dataset):

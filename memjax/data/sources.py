@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -41,9 +41,9 @@ class Data:
     """A source of batches; their format is described in `memjax.data.pipeline`.
 
     Attributes:
-      train: endless batches of this shard. `iter(train)` gives an iterator with `get_state` and
+      train: endless batches. `iter(train)` gives an iterator with `get_state` and
         `set_state`; with workers, `close()` it after use.
-      example: a training batch of zeros, for its shapes.
+      example: a training batch of zeros, for its shapes; like all batches, the rows of `share`.
       evaluation: called with no argument it yields every evaluation batch, the same each time;
         `evaluation(n)` yields at most n of them, spread evenly.
       evaluation_count: number of batches of `evaluation()`.
@@ -86,7 +86,7 @@ def make(
     *,
     batch: int,
     seed: int,
-    shard: tuple[int, int] = (0, 1),
+    share: Sequence[int] | None = None,
     read: bool = True,
 ) -> Data:
     """The data that `config_data` describes.
@@ -97,57 +97,54 @@ def make(
     Args:
       config_data: `name`, one of `SETTINGS`, and any of that source's settings; a setting that is
         left out has its default. A task may have `test`, the settings that differ in evaluation.
-      batch: rows of a step over all shards together; each shard gets batch / shards of them.
+      batch: rows of a step.
       seed: of the training order (text) or of the training examples (tasks), 0 to 2**32 - 1.
-      shard: (index, count) of the data shard to make.
+      share: the rows of each batch, counted from 0, that one of several processes makes; all by
+        default. Batches, their order and the fingerprint do not depend on it.
       read: False for blank text of the same shapes and number of tokens, whatever files there are.
 
     Raises:
-      ValueError: an unknown source or setting, a value of the wrong type or out of range, a batch
-        that the shards do not divide, or files that do not allow a split.
+      ValueError: an unknown source or setting, a value of the wrong type or out of range, or files
+        that do not allow a split.
     """
     name, settings = _settings(config_data)
-    index, count = shard
     _check(isinstance(seed, numbers.Integral) and 0 <= seed < 2**32,
            f'seed={seed}', 'an integer from 0 to 2**32 - 1', 'choose another')  # fmt: skip
-    _check(isinstance(count, numbers.Integral) and 0 <= index < count,
-           f'shard={shard}', '(index, count) with 0 <= index < count', 'count from 0')  # fmt: skip
-    _check(isinstance(batch, numbers.Integral) and batch >= 1 and batch % count == 0,
-           f'batch={batch} over {count} data shard(s)', 'a positive multiple of the shards',
-           f'use {max(1, round(batch / count)) * count}')  # fmt: skip
-    order = {"seed": int(seed), "batch": int(batch), "shards": int(count), "pipeline": _VERSION}
+    _check(isinstance(batch, numbers.Integral) and batch >= 1,
+           f'batch={batch}', 'a positive number of rows', 'use 1 or more')  # fmt: skip
+    order = {"seed": int(seed), "batch": int(batch), "pipeline": _VERSION}
     texts = {"text": _text, "tfds": _tfds} if read else dict.fromkeys(("text", "tfds"), _blank)
     build = texts.get(name, functools.partial(_task, name))
-    return build(settings, batch // count, int(seed), (int(index), int(count)), order)
+    return build(settings, int(batch), int(seed), share, order)
 
 
-def _text(settings, batch, seed, shard, order):
+def _text(settings, batch, seed, share, order):
     glob = settings["glob"]
     corpus = text.from_glob(glob, settings["field"]) if glob else text.standard_library()
     train, heldout = corpus.split(settings["holdout"])
     facts = {"source": "files" if glob else "python standard library", **corpus.facts()}
     facts["holdout"] = settings["holdout"]
-    return _documents(train.texts, heldout, facts, settings, batch, seed, shard, order)
+    return _documents(train.texts, heldout, facts, settings, batch, seed, share, order)
 
 
-def _tfds(settings, batch, seed, shard, order):
+def _tfds(settings, batch, seed, share, order):
     _check(settings["dataset"], "data.dataset=''", "a name of tensorflow-datasets, such as 'lm1b'",
            "see tensorflow.org/datasets")  # fmt: skip
     names = {key: settings[key] for key in ("dataset", "folder", "train", "heldout", "field")}
     train, heldout, facts = tfds.load(**names)
-    return _documents(train, heldout, facts, settings, batch, seed, shard, order)
+    return _documents(train, heldout, facts, settings, batch, seed, share, order)
 
 
-def _blank(settings, batch, seed, shard, order):
+def _blank(settings, batch, seed, share, order):
     corpus = text.Corpus.of([("blank", b" ")])
     pieces = (b" ",) * (settings["bpe"] or tokens.BYTES.vocab)
     given = {**settings, "bpe": 0}
     return _documents(
-        corpus.texts, corpus, {}, given, batch, seed, shard, order, tokens.Tokeniser(pieces)
+        corpus.texts, corpus, {}, given, batch, seed, share, order, tokens.Tokeniser(pieces)
     )
 
 
-def _documents(train, heldout, facts, settings, batch, seed, shard, order, tokeniser=tokens.BYTES):
+def _documents(train, heldout, facts, settings, batch, seed, share, order, tokeniser=tokens.BYTES):
     """Data of training texts (any sequence of bytes) and a held-out corpus. tokeniser: where
     `bpe` asks for none to be trained."""
     length, workers, bpe = settings["length"], settings["workers"], settings["bpe"]
@@ -181,13 +178,13 @@ def _documents(train, heldout, facts, settings, batch, seed, shard, order, token
             length=length,
             batch=batch,
             seed=seed,
-            shard=shard,
+            share=share,
             shuffle=settings["shuffle"],
             workers=workers,
             tokeniser=tokeniser,
         ),
-        example=pipeline.blank(rows[0], batch),
-        **_evaluation(rows, len(rows), batch, shard),
+        example=pipeline.blank(rows[0], batch if share is None else len(share)),
+        **_evaluation(rows, len(rows), batch, share),
         vocab=tokeniser.vocab,
         features=0,
         length=length,
@@ -203,7 +200,7 @@ def _documents(train, heldout, facts, settings, batch, seed, shard, order, token
     )
 
 
-def _task(name, settings, batch, seed, shard, order):
+def _task(name, settings, batch, seed, share, order):
     facts = dict(settings)
     count, trained, other = map(settings.pop, ("eval_examples", "train_examples", "test"))
     _check(count >= 1, f"data.eval_examples={count}", "at least 1", "use 3000")
@@ -216,9 +213,9 @@ def _task(name, settings, batch, seed, shard, order):
         _check(expected == found, f"{fact} {found} by the settings of data.test",
                f"{expected}, as in training", "leave it out there")  # fmt: skip
     return Data(
-        train=pipeline.task_rows(source, batch=batch, shard=shard, seed=seed, examples=trained),
-        example=pipeline.blank(source[0], batch),
-        **_evaluation(test, count, batch, shard),
+        train=pipeline.task_rows(source, batch=batch, share=share, seed=seed, examples=trained),
+        example=pipeline.blank(source[0], batch if share is None else len(share)),
+        **_evaluation(test, count, batch, share),
         vocab=source.vocab,
         features=source.features,
         length=source.length,
@@ -234,13 +231,13 @@ def _task(name, settings, batch, seed, shard, order):
     )
 
 
-def _evaluation(rows, count, batch, shard):
+def _evaluation(rows, count, batch, share):
     def evaluation(limit: int | None = None) -> Iterator[pipeline.Batch]:
         _check(limit is None or limit >= 1, f'{limit} evaluation batches', 'at least 1, or None',
                'None evaluates on everything')  # fmt: skip
-        return pipeline.evaluation_batches(rows, count=count, batch=batch, shard=shard, limit=limit)
+        return pipeline.evaluation_batches(rows, count=count, batch=batch, share=share, limit=limit)
 
-    return {"evaluation": evaluation, "evaluation_count": math.ceil(count / (batch * shard[1]))}
+    return {"evaluation": evaluation, "evaluation_count": math.ceil(count / batch)}
 
 
 def _fingerprint(**facts):
