@@ -110,8 +110,8 @@ def _virtual(number: int) -> list[jax.Device]:
 def figures(settings: Any, topology: str) -> dict[str, Any]:
     """What the training step of a config takes on a topology; see the module's docstring.
 
-    Bytes are of one device. "peak" is None where the compiler refuses the step and does not say
-    how much it would take.
+    Bytes are of one device. Of a step that the compiler refuses there are "refusal" and, where it
+    says so, "needs" and "offered", in place of what it would have laid out.
     """
     mesh_of = devices(topology)
     with config.user_errors("config"):
@@ -275,7 +275,7 @@ def verdict(found: Mapping[str, Any]) -> str:
 
 def define_flags() -> None:
     """The command's flags; made when it runs, so that other programs may import this module."""
-    flags.DEFINE_string("topology", None, TOPOLOGIES, required=True)
+    flags.DEFINE_string("topology", "", TOPOLOGIES)
     flags.DEFINE_string("out", "", "file for the figures, *.json")
 
 

@@ -77,6 +77,7 @@ def test_collectives_are_counted_as_often_as_they_run():
         "v9:2x2": "--topology=v9:2x2: no such topology; write GENERATION:CHIPS with one of v4, v5e",
         "v5e": "no such topology; write .* such as v5e:4x4 or v5p:2x2x4, or cpu:NUMBER",
         "cpu:0": "no such topology",
+        "": "--topology=: no such topology; write GENERATION:CHIPS",
         "cpu:1000": "has [0-9]+ CPU devices already; start another one",
     }.items(),
 )
