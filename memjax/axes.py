@@ -89,7 +89,7 @@ def per_device(form: Callable) -> Callable:
 
     @functools.wraps(form)
     def lifted(*given):
-        mesh, names = _mesh(given)
+        mesh, names = mesh_of(given)
         if math.prod(mesh.shape[name] for name in names) == 1:
             return form(*given)
         rows, heads = _shares(mesh, names, given)
@@ -124,7 +124,7 @@ def per_device(form: Callable) -> Callable:
 _HEAD_AXES = (0, 1, 2, 2, 2)  # of params, state, xs, reset, which has none, and write
 
 
-def _mesh(tree: PyTree) -> tuple[AbstractMesh, list[str]]:
+def mesh_of(tree: PyTree) -> tuple[AbstractMesh, list[str]]:
     """The mesh in force, or the one that arrays lie on; its axes that are not split yet."""
     meshes = [leaf.sharding.mesh for leaf in map(jax.typeof, jax.tree.leaves(tree))]
     meshes = [jax.sharding.get_abstract_mesh(), *meshes]

@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from memjax import forms
+from memjax import forms, spans
 from memjax.axes import per_device, platform
 from memjax.recurrence import (
     accumulator_dtype,
@@ -23,6 +23,7 @@ from memjax.recurrence import (
     scan_tokens,
     select,
 )
+from memjax.registry import get, names
 from memjax.typing import AXES, Array, Bool, DTypeLike, PRNGKeyArray, PyTree, fields
 
 FORMS = ("pallas", "chunked", "scan")
@@ -84,6 +85,9 @@ class MemoryCell:
         free."""
         return getattr(self, AXES[letter]) if letter in AXES else None
 
+    def check(self, length: int) -> None:
+        """ValueError where the memory cannot take so many tokens."""
+
     def step(self, params: PyTree, state: PyTree, x: PyTree) -> tuple[Array, PyTree]:
         """One token: write, then read. The definition of the cell."""
         state = self.write(params, state, x)
@@ -133,6 +137,28 @@ class MemoryCell:
         if reset is not None:
             y = select(jnp.cumsum(reset) > 0, answers(self.fresh(params, dtype)), y)
         return y, state
+
+    @property
+    def folds(self) -> bool:
+        """Whether `fold` and `compose` are there."""
+        return type(self).fold is not MemoryCell.fold
+
+    def fold(self, params, state, xs, reset, write):
+        """What the tokens do to a state, as an element (through, state), leaves [B, H, ...].
+
+        through: what passes of any state in front of them. state: as that of the forms, for the
+        state that is given. Affine memories, S' = A S + B, have A and what they make of the state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fold; run its tokens in order")
+
+    def compose(self, later: PyTree, earlier: PyTree) -> PyTree:
+        """The element of two spans of tokens of one memory, the later one folded from the initial
+        state."""
+        raise NotImplementedError(f"{type(self).__name__} has no fold; run its tokens in order")
+
+    def apply(self, element: PyTree, state: PyTree) -> PyTree:
+        """The state of one memory behind tokens that were folded from the initial state."""
+        return self.compose(element, (element[0], state))[1]
 
     def chunked(self, params, state, xs, reset, write):
         """Parallel over chunks of tokens, in plain JAX."""
@@ -186,6 +212,22 @@ def run(
     length = _check(cell, params, xs, state, reset, write)
     # Custom gradients refuse numpy's arrays under `jax.checkpoint`.
     given = jax.tree.map(jnp.asarray, (params, state, xs, reset, write))
+    serve = functools.partial(_serve, cell, implementation, differentiate)
+    mesh = spans.sharing(given)
+    if mesh is None or length == 1:
+        return serve(*given)
+    _check_shared(cell, length, mesh.shape[spans.AXIS])
+    compose = jax.vmap(jax.vmap(cell.compose))  # sequences, heads
+    dtype, heads = accumulator_dtype(params, state, xs), memories(params, state, xs)
+    fresh = initial_state(cell, params, jax.tree.leaves(xs)[0].shape[0], heads, dtype)
+    params, state, *tokens = given
+    shared = spans.split(serve, cell.fold, compose, mesh)
+    return shared(params, fresh if state is None else state, fresh, *tokens)
+
+
+def _serve(cell, implementation, differentiate, params, state, xs, reset, write):
+    """`run` of one device, of arguments that are checked."""
+    given, length = (params, state, xs, reset, write), jax.tree.leaves(xs)[0].shape[1]
     chosen = cell.preferred(length, differentiate) if implementation is None else implementation
     reasons: list[str] = []
     for form in (chosen,) if isinstance(chosen, str) else chosen:
@@ -203,6 +245,23 @@ def run(
     raise NotImplementedError("; ".join(reasons))
 
 
+def _check_shared(cell: MemoryCell, length: int, devices: int) -> None:
+    """ValueError for a memory or a length with which devices cannot share a sequence."""
+    shown = f"{type(cell).__name__} with config.mesh.context={devices}"
+    if not cell.folds:
+        able = [name for name in names() if get(name).cell().folds]
+        raise ValueError(
+            f"{shown}: devices share sequences of memories alone for which the tokens of a device "
+            f"act on the state as one small element: {', '.join(able)}. Use one of these, or "
+            "context=1 and split rows (data, fsdp) or heads (tensor)"
+        )
+    if length % devices:
+        raise ValueError(
+            f"{shown}: {length} tokens do not divide into {devices} equal parts; use a length "
+            f"that is a multiple of {devices}, or another size of context"
+        )
+
+
 def initial_state(
     cell: MemoryCell, params: PyTree, batch: int, heads: int, dtype: DTypeLike = jnp.float32
 ) -> PyTree:
@@ -217,6 +276,7 @@ def _check(cell, params, xs, state, reset, write) -> int:
     batch, length = _check_inputs(name, cell, xs)
     if length == 0:
         raise ValueError(f"{name}: the sequence is empty (T = 0); give at least one token")
+    cell.check(length)
     heads = memories(params, state, xs)
     if any(heads % leaf.shape[2] for leaf in jax.tree.leaves(xs)):
         given = {leaf: getattr(xs, leaf).shape[2] for leaf in xs._fields}

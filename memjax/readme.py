@@ -29,8 +29,8 @@ LENGTH = 4096
 SIZES = {"batch": 1, "heads": 4, "dim": 64, "chunk": 0}  # what the README says the figures are of
 MICROSECONDS = "scan µs", "chunked µs", "decode µs"
 HEADINGS = (
-    "cell", "what a token does", "state", "kFLOP", *MICROSECONDS, "peak KiB", "our choice",
-    "paper",
+    "cell", "what a token does", "state", "kFLOP", *MICROSECONDS, "peak KiB", "context",
+    "our choice", "paper",
 )  # fmt: skip
 
 Records = Sequence[Mapping[str, Any]]
@@ -54,6 +54,7 @@ def rows(records: Records) -> Iterator[list[str]]:
               for f in ("scan", "chunked")),
             number(min(decode, default=None), 1, "{:.0f}"),
             number(found.get("chunked", {}).get("peak_bytes"), LENGTH * 1024, "{:.0f}"),
+            "yes" if spec.cell().folds else "-",
             spec.choice or "-",
             link(spec.paper),
         ]  # fmt: skip

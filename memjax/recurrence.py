@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax import spans
 from memjax.axes import platform
 from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree, Shaped
 
@@ -41,14 +42,15 @@ def select(condition: Bool[Array, "..."], on_true: PyTree, on_false: PyTree) -> 
     return jax.tree.map(choose, on_true, on_false)
 
 
-def per_head(form: Callable) -> Callable:
+def per_head(form: Callable, axis: int = 1) -> Callable:
     """Lifts a sequence form that is written for one head of one sequence to whole batches.
 
     The form gets `params` of one memory, `state` of one memory or None, `xs` with leaves
     [T, ...], `reset` and `write` [T] or None, and returns (y [T, ...], state). The lifted form
     takes params [H, ...], state [B, H, ...], xs [B, T, h, ...], reset [B, T] and write [B, T] or
     [B, T, h], where every h divides the next larger one and the largest is H. Leaves with fewer
-    heads are shared by vmap and never repeated in memory.
+    heads are shared by vmap and never repeated in memory. axis: where the heads stand in the first
+    result of one sequence, behind the time of answers or in front of all.
     """
 
     @functools.wraps(form)
@@ -87,13 +89,16 @@ def per_head(form: Callable) -> Callable:
             trees = (params, state, xs, write)
             for count in reversed(counts):
                 in_axes = tuple(mapped_axes(t, a, count) for t, a in zip(trees, axes, strict=True))
-                one_head = jax.vmap(one_head, in_axes=in_axes, out_axes=(1, 0))
+                one_head = jax.vmap(one_head, in_axes=in_axes, out_axes=(axis, 0))
             y, state = one_head(*(split(t, a) for t, a in zip(trees, axes, strict=True)))
-            return merge(y, 1), merge(state, 0)
+            return merge(y, axis), merge(state, 0)
 
         return jax.vmap(one_sequence)(state, xs, reset, write)
 
     return lifted
+
+
+per_state = functools.partial(per_head, axis=0)  # lifts a fold (see `MemoryCell.fold`)
 
 
 def memories(params: PyTree, state: PyTree, xs: PyTree) -> int:
@@ -129,6 +134,16 @@ def scan_tokens(step, read, fresh, state, xs, reset, write) -> tuple[PyTree, PyT
         return jax.tree.map(lambda a: a[None], y), state
     state, y = lax.scan(token, state, inputs)
     return y, state
+
+
+def passing(
+    g: Float[Array, "T ..."], reset: Bool[Array, " T"] | None, write: Bool[Array, " T"] | None
+) -> Float[Array, "..."]:
+    """The log decay over all tokens, of their log decays: -inf where a document begins in them."""
+    if write is not None:
+        g = select(write, g, jnp.zeros_like(g))
+    total = jnp.sum(g, axis=0)
+    return total if reset is None else jnp.where(jnp.any(reset), -jnp.inf, total)
 
 
 def to_chunks(tree: PyTree, size: int) -> PyTree:
@@ -345,8 +360,25 @@ def lags(
     The one memory of short convolutions, token shifts and delays. tail: the last n written inputs
     in front of x, oldest first, zeros where the document is shorter. Inputs of other documents and
     inputs that were not written count as zero and as absent, respectively. which: the lags that
-    are wanted, of 1 to n; None for all.
+    are wanted, of 1 to n; None for all. Devices that share the sequences exchange tails alone.
     """
+
+    def form(params, state, xs, reset, write):
+        return _lags(xs, state, reset, write, which)
+
+    def behind(*given):
+        return None, form(*given)[1]
+
+    mesh = spans.sharing((x, reset))
+    tokens, rest = divmod(x.shape[1], 1 if mesh is None else mesh.shape[spans.AXIS])
+    if mesh is None or write is not None or rest or tokens < tail.shape[1]:
+        return form(None, tail, x, reset, write)  # split by the compiler, if at all
+    shared = spans.split(form, behind, None, mesh)
+    return shared(None, tail, jnp.zeros_like(tail), x, reset, write)
+
+
+def _lags(x, tail, reset, write, which):
+    """`lags` of whole sequences."""
     batch, length, _ = x.shape
     n = tail.shape[1]
     written = jnp.ones((batch, length), bool) if write is None else write

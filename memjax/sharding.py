@@ -3,7 +3,7 @@ optimiser's state by the rules of `memjax.axes`.
 
 Parameters carry logical names (`nn.with_logical_partitioning`): their model dimension is split over
 `fsdp`; heads, hidden channels and the vocabulary over `tensor`. Rows of a batch are split over
-`replica`, `data` and `fsdp`.
+`replica`, `data` and `fsdp`, their tokens over `context`.
 """
 
 import math
@@ -28,8 +28,7 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
       devices: default all of them.
 
     Raises:
-      UserError: an unknown axis, an impossible size, sizes that do not use all devices, or a
-        context axis other than 1, which nothing is split over yet.
+      UserError: an unknown axis, an impossible size, or sizes that do not use all devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes, count = dict(sizes), len(devices)
@@ -42,12 +41,6 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
             )
         if size < 1 and size != -1:
             raise UserError(f"{shown}: {name} must be at least 1, or -1 for all other devices.")
-        if name == "context" and size != 1:
-            raise UserError(
-                f"{shown}: context must be 1, as splitting a sequence over devices is not there "
-                "yet; split rows (data, fsdp) or heads (tensor), and for long rows set "
-                "config.model.remat=full or a larger config.accumulate."
-            )
     shape = [sizes.get(name, 1) for name in MESH_AXES]
     if shape.count(-1) > 1:
         raise UserError(f"{shown}: only one axis can be -1.")
@@ -67,20 +60,34 @@ def mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
     )
 
 
-def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
-    """How `[batch, ...]` arrays lie: rows split over the axes of "batch".
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def batch_sharding(mesh: Mesh, rows: int | None = None, length: int | None = None) -> NamedSharding:
+    """How `[batch, ...]` arrays lie: rows split over the axes of "batch"; with a length those of
+    `[batch, length, ...]`, tokens split over the axis of "seq".
 
     Raises:
-      UserError: `rows` is given and the number of parts does not divide it.
+      UserError: `rows` or `length` is given and the number of parts does not divide it.
     """
-    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    parts = row_parts(mesh)
     if rows is not None and rows % parts:
         raise UserError(
             f"config.batch / config.accumulate = {rows} rows do not divide into {parts} parts, "
             f"the product of {', '.join(RULES['batch'])} in the mesh {dict(mesh.shape)}; choose "
             f"a multiple of {parts}."
         )
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    if length is None:
+        return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    (axis,) = RULES["seq"]
+    if length % mesh.shape[axis]:
+        raise UserError(
+            f"config.mesh.{axis}={mesh.shape[axis]} does not divide rows of {length} tokens; "
+            "choose a divisor, or another length of rows"
+        )
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], axis))
 
 
 def share(mesh: Mesh, rows: int) -> list[int] | None:
@@ -88,6 +95,15 @@ def share(mesh: Mesh, rows: int) -> list[int] | None:
     places = batch_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values()
     here = np.unique([row for place in places if place for row in range(rows)[place[0]]]).tolist()
     return None if len(here) == rows else here
+
+
+def placed(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """A batch [rows, length, ...], or a fact of each row, on the devices; a process gives the rows
+    of `share`, whole."""
+    parts = row_parts(mesh)
+    rows = len(array) * parts // len(share(mesh, parts) or range(parts))
+    lie = batch_sharding(mesh, None, *array.shape[1:2])
+    return jax.make_array_from_process_local_data(lie, array, (rows, *array.shape[1:]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -250,12 +250,9 @@ class Training:
             return traced.jaxpr.jaxpr, traced.lower()
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Moves a batch to the devices, rows spread over them; a process gives its own rows."""
-        placed = sharding.batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(placed, array)
-            for name, array in batch.items()
-        }
+        """Moves a batch to the devices, rows and tokens spread over them; a process gives its own
+        rows."""
+        return {name: sharding.placed(self.mesh, array) for name, array in batch.items()}
 
     def evaluation(self, params: PyTree, limit: int | None = None) -> dict[str, float]:
         """Held-out metrics over all evaluation batches, or over `limit` of them."""
@@ -305,6 +302,8 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Training:
             raise ValueError(
                 f"model.{name} is {given}, the data has {needed}; set model.{name} to {needed}"
             )
+    for length in (source.length, source.evaluation_length):  # refuses what does not fit
+        sharding.batch_sharding(mesh, length=length)
     model = LanguageModel(model_config)
     optimizer, schedule = optim.make(config.optim, config.steps)
     step = make_train_step(model, optimizer, schedule, source.queries, config.accumulate)

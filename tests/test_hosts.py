@@ -27,6 +27,7 @@ SETTINGS = {
     "checkpoint.every": 100,
 }
 MESH = {"mesh.data": 2, "mesh.fsdp": -1}
+SHARED = {"mesh.fsdp": 1, "mesh.context": 2, "mesh.tensor": 2}
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 compiled_once = runs.compiled_once
@@ -103,8 +104,8 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_processes_continue_bit_for_bit(tmp_path):
-    """Text, in pieces, with Ctrl-C to process 0; and, up to rounding, on a mesh whose heads are
-    split over both processes, so that each has all rows."""
+    """Text, in pieces, with Ctrl-C to process 0; and, up to rounding, on a mesh where both
+    processes share each row, as do the heads of each."""
     settings = {**runs.text(tmp_path, steps=60, batch=8, accumulate=2), "checkpoint.keep": 30}
     cache, meshed = tmp_path / "cache", {**settings, **MESH}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -119,7 +120,7 @@ def test_two_processes_continue_bit_for_bit(tmp_path):
     for name in os.listdir(broken / "checkpoints"):
         if int(name) > step:
             shutil.rmtree(broken / "checkpoints" / name)
-    finish(start(runs.TEXT, broken, {**settings, "mesh.fsdp": 1, "mesh.tensor": 4}, cache))
+    finish(start(runs.TEXT, broken, {**settings, **SHARED}, cache))
     assert_close(runs.records(broken), expected)
 
 

@@ -19,6 +19,7 @@ TREES = ("memjax", "pallas_kernels", "configs", "experiments")  # what the rule 
 CORE = (
     "memjax.typing",
     "memjax.axes",
+    "memjax.spans",
     "memjax.registry",
     "memjax.recurrence",
     "memjax.forms",
@@ -87,6 +88,7 @@ LAYERS = {
     "pallas_kernels": Layer(packages=("jax", "numpy")),
     "memjax.typing": Layer(packages=JAX),
     "memjax.axes": Layer(ours=CORE, packages=JAX),
+    "memjax.spans": Layer(ours=CORE, packages=JAX),
     "memjax.registry": Layer(ours=CORE, packages=JAX),
     "memjax.recurrence": Layer(ours=CORE, packages=JAX),
     "memjax.forms": Layer(),

@@ -1,10 +1,7 @@
 """Training on meshes of eight virtual devices, in processes of their own, and on one device."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -59,27 +56,14 @@ ONE_EACH = [
     {"data": 8, "fsdp": 1},
     {"fsdp": 8},
     {"fsdp": 1, "tensor": 8},
+    {"fsdp": 1, "context": 8},
 ]
 
 
-def on_eight_devices(source, settings, mesh, workdir=""):
+def trained_on_eight(source, settings, mesh, workdir=""):
     """What STEPS finds on a mesh of eight devices."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": f"{runs.ROOT}{os.pathsep}{runs.ROOT}/tests",
-        "JAX_PLATFORMS": "cpu",
-    }
     given = json.dumps({**settings, **{f"mesh.{axis}": size for axis, size in mesh.items()}})
-    out = subprocess.run(
-        [sys.executable, "-c", STEPS, source, given, str(workdir)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
-    return json.loads(out.stdout.splitlines()[-1])
+    return runs.on_eight_devices(STEPS, source, given, str(workdir))
 
 
 def three_steps(source, settings):
@@ -115,7 +99,7 @@ def assert_split(found, parts):
 
 
 def test_a_small_model_on_a_mixed_mesh():
-    found = on_eight_devices(LINEAR, LINEAR_SETTINGS, MIXED)
+    found = trained_on_eight(LINEAR, LINEAR_SETTINGS, MIXED)
     assert_same(found, three_steps(LINEAR, LINEAR_SETTINGS))
     wide = {f"mixer/{name}/kernel": [2, 2, 1] for name in ("query", "key", "value")}
     assert_split(found, {**wide, "mixer/output/kernel": [2, 1, 2], "embedding": [2, 2]})
@@ -126,7 +110,7 @@ def test_a_small_model_on_a_mixed_mesh():
 @pytest.mark.parametrize("mesh", [*ONE_EACH, MIXED], ids=str)
 def test_eight_devices_train_as_one_does(tmp_path, alone, mesh):
     """And one device continues what eight have begun."""
-    found = on_eight_devices(HYBRID, HYBRID_SETTINGS, mesh, tmp_path)
+    found = trained_on_eight(HYBRID, HYBRID_SETTINGS, mesh, tmp_path)
     assert_same(found, alone)
     fsdp, tensor = mesh["fsdp"], 2 if mesh == MIXED else mesh.get("tensor", 1)
     for inner, group in {"memory": [], "attention": [1]}.items():  # queries that share a key

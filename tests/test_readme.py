@@ -28,12 +28,12 @@ def test_the_table_has_a_row_for_every_cell():
     assert len(lines) == 2 + len(cells.names())
     row = next(line for line in lines if "`delta_net`" in line)
     # four memories: S^T k, k e^T, its sum with S and S^T q are 6 K V operations; the rest: vectors
-    _, _, _, state, operations, *times, _, _, _ = (part.strip() for part in row.split("|"))
-    assert state == "64 KiB" and times == ["100.0", "20.0", "30", "20"]
+    _, _, _, state, operations, *times, context, _, _, _ = (part.strip() for part in row.split("|"))
+    assert state == "64 KiB" and times == ["100.0", "20.0", "30", "20"] and context == "yes"
     assert 6 * 4 * 64**2 / 1e3 <= int(operations) < 1.05 * 6 * 4 * 64**2 / 1e3
     assert cells.get("delta_net").recurrence in row and "/abs/2102.11174)" in row
     other = next(line for line in lines if "`titans`" in line)
-    assert other.count("| - ") == 4 and cells.get("titans").choice in other
+    assert other.count("| - ") == 5 and cells.get("titans").choice in other
 
 
 def test_the_table_of_tasks_has_every_task_and_its_config():

@@ -105,6 +105,16 @@ except UserError as err:
         "'tensor': 1}; choose a multiple of 8."), err
 else:
     raise AssertionError
+shared = sharding.mesh(dict(data=2, context=4))
+assert sharding.batch_sharding(shared, 6, 8).shard_shape((6, 8, 5)) == (3, 2, 5)
+try:
+    sharding.batch_sharding(shared, 6, 10)
+except UserError as err:
+    assert str(err) == (
+        "config.mesh.context=4 does not divide rows of 10 tokens; choose a divisor, or another "
+        "length of rows"), err
+else:
+    raise AssertionError
 print('fine')
 """
 
@@ -141,10 +151,6 @@ def test_one_device():
             "config.mesh=dict(fdsp=2): no mesh axis 'fdsp'; axes: replica, data, fsdp, context, t",
         ),
         (dict(data=0), "config.mesh=dict(data=0): data must be at least 1, or -1 for all other"),
-        (
-            dict(context=2),
-            "config.mesh=dict(context=2): context must be 1, as splitting a sequence over devices",
-        ),
         (dict(data=-1, fsdp=-1), "config.mesh=dict(data=-1, fsdp=-1): only one axis can be -1."),
     ],
 )

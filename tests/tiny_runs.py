@@ -119,6 +119,25 @@ def command(module: str, *args: str, cache=None, **variables) -> subprocess.Pope
     )
 
 
+def on_eight_devices(program: str, *args: str):
+    """What a Python program prints last, as JSON; it sees eight virtual devices and the tests."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests",
+        "JAX_PLATFORMS": "cpu",
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", program, *args],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout.splitlines()[-1])
+
+
 def called(module, capture, *args: str) -> tuple[int, str, str]:
     """Runs the `main` of a command in this process: (exit code, stdout, stderr).
 

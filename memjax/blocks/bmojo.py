@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.cell import MemoryCell
 from memjax.cells.sliding_window import HeadsMixer, Line, SlidingWindow, without_sinks
 from memjax.nn.layers import widen
 from memjax.recurrence import accumulator_dtype, any_of_batch, lags, per_head, promote, select
@@ -156,6 +157,8 @@ class EideticWindow(FadingWindow):
                 f"threshold a number, evict {' or '.join(EVICT)}; given stored {self.stored}, top "
                 f"{self.top}, threshold {self.threshold}, evict {self.evict!r}"
             )
+
+    fold = MemoryCell.fold  # what a span stores depends on what is stored in front of it
 
     def leaves(self, x):
         rounded = lax.stop_gradient(x.innovation).astype(jnp.bfloat16)

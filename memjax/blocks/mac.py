@@ -27,6 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memjax import spans
 from memjax.blocks.bmojo import FadingWindow, Inputs
 from memjax.cells.sliding_window import HeadsMixer
 from memjax.nn.layers import Context, Norm
@@ -112,6 +113,7 @@ class MAC(nn.Module):
         self.attention_norm, self.memory_norm = Norm(), Norm()
 
     def __call__(self, x, state, ctx):
+        spans.whole(x, "mac")
         aligned = state is None and ctx.reset is None and ctx.write is None
         _, fresh, _ = self.memory(x[:, :1], None, reads(part(ctx, slice(0, 1))))
         if state is None:

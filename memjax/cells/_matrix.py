@@ -36,6 +36,7 @@ from memjax.recurrence import (
     from_chunks,
     memories,
     per_head,
+    per_state,
     power_of_two_at_least,
     promote,
     select,
@@ -146,6 +147,33 @@ class MatrixMemory(MemoryCell):
         if beta is None:
             return chunk_linear(q, k, v, **given)
         return chunk_delta(q, k, v, beta, **given)
+
+    @per_state
+    def fold(self, params, state, xs, reset, write):
+        """See `fold_terms`."""
+        dtype = accumulator_dtype(state, xs)
+        state = self.fresh(params, dtype) if state is None else state
+        return self.fold_terms(state, self.terms(promote(xs, dtype)), reset, write)
+
+    def fold_terms(self, state, terms, reset, write):
+        """A [K, K], or its diagonal [K, 1] where it is one, and the final state: the tokens without
+        their values make A of the identity, or of ones."""
+        (rows, columns), dtype = state.shape, state.dtype
+        dense = terms.beta is not None or terms.a is not None
+        one = jnp.eye(rows, dtype=dtype) if dense else jnp.ones((rows, 1), dtype)
+        nothing = jnp.zeros((*terms.v.shape[:-1], one.shape[1]), dtype)
+        terms = terms._replace(v=jnp.concatenate([terms.v, nothing], axis=-1))
+        _, new = self.chunks(jnp.concatenate([state, one], axis=1), terms, reset, write)
+        return new[:, columns:], new[:, :columns]
+
+    def compose(self, later, earlier):
+        """A2 A1 and A2 S1 + S2."""
+        (through, state), (before, old) = later, earlier
+
+        def act(rows):
+            return through * rows if through.shape[1] == 1 else dot("ij,jk->ik", through, rows)
+
+        return act(before), act(old) + state
 
     def chunks(self, state, terms, reset, write):
         """S^T q for the terms of every token [T, V], and the final state."""

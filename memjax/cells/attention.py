@@ -27,22 +27,10 @@ class Attention(SlidingWindow):
         super().__post_init__()
         without_sinks(self)
 
-    def scan(self, params, state, xs, reset, write):
-        self._check(xs)
-        return super().scan(params, state, xs, reset, write)
-
-    def chunked(self, params, state, xs, reset, write):
-        self._check(xs)
-        return super().chunked(params, state, xs, reset, write)
-
-    def pallas(self, params, state, xs, reset, write):
-        self._check(xs)
-        return super().pallas(params, state, xs, reset, write)
-
-    def _check(self, xs):
-        if xs.q.shape[1] > self.window:
+    def check(self, length):
+        if length > self.window:
             raise ValueError(
-                f"attention: {xs.q.shape[1]} tokens do not fit its capacity of {self.window}; "
+                f"attention: {length} tokens do not fit its capacity of {self.window}; "
                 "raise the capacity, or use sliding_window"
             )
 

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.cells._matrix import decay_to_end, decays
+from memjax.cells._matrix import Terms, decay_to_end, decays
 from memjax.cells.delta_net import DeltaNetMixer
+from memjax.cells.simple_gla import SimpleGLA
 from memjax.nn.layers import Gate, LogDecay
 from memjax.recurrence import (
     accumulator_dtype,
     dot,
     from_chunks,
     per_head,
+    per_state,
     power_of_two_at_least,
     promote,
     select,
@@ -167,6 +169,24 @@ class GatedKalmaNet(MemoryCell):
 
         final, y = lax.scan(chunk, state, to_chunks(tokens, size))
         return from_chunks(y, length).astype(output), final
+
+    @per_state
+    def fold(self, params, state, xs, reset, write):
+        """Nothing is solved: both moments are gated linear attention, of one matrix [H | U]."""
+        dtype = accumulator_dtype(state, xs)
+        xs, state = promote(xs, dtype), self.fresh(params, dtype) if state is None else state
+        if write is not None:
+            xs = select(write, xs, jax.tree.map(jnp.zeros_like, xs))
+        k, v = xs.beta[:, None] * xs.k, xs.beta[:, None] * xs.v
+        terms = Terms(k, k, jnp.concatenate([k, v], axis=1), xs.g)
+        joined = SimpleGLA(self.key_dim, self.key_dim + self.value_dim, chunk=self.chunk)
+        through, new = joined.fold_terms(jnp.concatenate(state, axis=1), terms, reset, write)
+        return through, Moments(*jnp.split(new, [self.key_dim], axis=1))
+
+    def compose(self, later, earlier):
+        """As of gated linear attention."""
+        (through, new), (before, old) = later, earlier
+        return through * before, jax.tree.map(lambda a, b: through * a + b, old, new)
 
 
 class GatedKalmaNetMixer(DeltaNetMixer):

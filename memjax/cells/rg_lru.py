@@ -19,7 +19,15 @@ from jax import lax
 from memjax.cell import MemoryCell
 from memjax.nn.layers import Dense, ShortConvolution, normal, widen
 from memjax.nn.mixer import Mixer, convolve
-from memjax.recurrence import accumulator_dtype, linear_scan, per_head, promote, select
+from memjax.recurrence import (
+    accumulator_dtype,
+    linear_scan,
+    passing,
+    per_head,
+    per_state,
+    promote,
+    select,
+)
 from memjax.registry import CellSpec, register
 from memjax.typing import Array, Field, Float
 
@@ -89,8 +97,7 @@ class RGLRU(MemoryCell):
     def read(self, params, state, x):
         return state.h
 
-    @per_head
-    def chunked(self, params, state, xs, reset, write):
+    def one_head(self, params, state, xs, reset, write):
         """`linear_scan` of h -> a h + b."""
         dtype, output = accumulator_dtype(state, xs), xs.x.dtype
         xs, length = promote(xs, dtype), xs.x.shape[0]
@@ -106,10 +113,36 @@ class RGLRU(MemoryCell):
         decay = jnp.exp(xs.g)
         if reset is not None:
             decay = jnp.where(reset[:, None], 0, decay)
-
         h = linear_scan(decay, added, state.h, self.chunk)
         final = Level(h[-1], (number > origin)[-1].astype(jnp.int32))
         return h.astype(output), final
+
+    chunked = per_head(one_head)
+
+    @per_state
+    def fold(self, params, state, xs, reset, write):
+        """The decay over all tokens and what a document that has begun changes, beside the
+        level."""
+        dtype = accumulator_dtype(state, xs)
+        fresh = self.fresh(params, dtype)
+        begun = fresh._replace(begun=jnp.ones_like(fresh.begun))
+        starts = fresh if state is None else state, fresh, begun
+        starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+        every = jax.vmap(lambda start: self.one_head(params, start, xs, reset, write)[1])(starts)
+        new, empty, begun = (jax.tree.map(lambda a, i=i: a[i], every) for i in range(3))
+        decay = jnp.exp(passing(promote(xs.g, dtype), reset, write))
+        return (decay, jax.tree.map(jnp.subtract, begun, empty)), new
+
+    def compose(self, later, earlier):
+        """The state (h, begun) is affine in the one in front."""
+        ((decay, change), new), ((before, old_change), old) = later, earlier
+
+        def act(level):
+            h = decay * level.h + level.begun * change.h
+            return Level(h, level.begun * change.begun)
+
+        state = jax.tree.map(jnp.add, act(old), new)
+        return (decay * before, act(old_change)), state
 
 
 class RGLRUMixer(Mixer):

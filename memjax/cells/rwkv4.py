@@ -32,7 +32,9 @@ from memjax.nn.mixer import Mixer
 from memjax.recurrence import (
     accumulator_dtype,
     linear_scan,
+    passing,
     per_head,
+    per_state,
     promote,
     reverse_scan,
     running,
@@ -143,8 +145,7 @@ class RWKV4(MemoryCell):
         y = average(add(state, Sums(x.v, jnp.ones_like(x.v), x.u + x.k)))
         return y, self.write(params, state, x)
 
-    @per_head
-    def chunked(self, params, state, xs, reset, write):
+    def one_head(self, params, state, xs, reset, write):
         """First the exponents o of all tokens, then p and q as linear recurrences with decays
         e^(w_t + o_{t-1} - o_t). Answers do not depend on o, which therefore needs a slope in the
         final state only."""
@@ -172,6 +173,19 @@ class RWKV4(MemoryCell):
             y = select(written, y, average(past))
         factor = jnp.exp(o[-1] - exact[-1])  # 1, and the slope that p and q have through o
         return y.astype(output), Sums(factor * p[-1], factor * q[-1], exact[-1])
+
+    chunked = per_head(one_head)
+
+    @per_state
+    def fold(self, params, state, xs, reset, write):
+        """The log decay over all tokens, beside the sums."""
+        w = promote(xs.w, accumulator_dtype(state, xs))
+        return passing(w, reset, write), self.one_head(params, state, xs, reset, write)[1]
+
+    def compose(self, later, earlier):
+        """Log decays added, sums faded and added."""
+        (through, new), (before, old) = later, earlier
+        return through + before, add(fade(old, through), new)
 
 
 class RWKV4Mixer(Mixer):

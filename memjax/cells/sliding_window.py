@@ -27,6 +27,7 @@ from memjax.recurrence import (
     dot,
     from_chunks,
     per_head,
+    per_state,
     promote,
     select,
     to_chunks,
@@ -270,6 +271,30 @@ class SlidingWindow(MemoryCell):
         y = jnp.moveaxis(y.reshape(batch, alone, length, -1, self.value_dim), 1, 2)
         y = self._given(y.reshape(*q.shape[:-1], -1), line.seen)
         return y.astype(xs.q.dtype), ring
+
+    @per_state
+    def fold(self, params, state, xs, reset, write):
+        """Whether the document in front of the tokens goes on behind them, beside the ring."""
+        fresh = self.fresh(params, accumulator_dtype(state, xs))
+        carried = fresh if state is None else state
+        line = self._line(fresh, state, xs, reset, write)
+        goes_on = jnp.ones((), bool) if reset is None else ~jnp.any(reset)
+        return goes_on, self._ring(fresh, carried, line, reset)
+
+    def compose(self, later, earlier):
+        """The earlier ring, with the tokens of the later one written into it."""
+        (through, new), (before, old) = later, earlier
+        *kept, written = old
+        written = jnp.where(through, written, 0)
+        token = self.tokens(written + new.written)
+        late = jnp.where(token < 0, ~through, token >= written)
+
+        def slot(token, free):
+            return jnp.where(free, jnp.arange(self.slots), self.slot(jnp.maximum(token, 0)))
+
+        here, there = slot(token - written, token < 0), slot(token, token < 0)
+        rows = (select(late, b[here], a[there]) for a, b in zip(kept, new[:-1], strict=True))
+        return through & before, type(new)(*rows, written + new.written)
 
     @per_head
     def _lines(self, params, state, xs, reset, write):

@@ -149,7 +149,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (*size, *self.shape), jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = jnp.tensordot(x, kernel, axes=contract)
-        y = constrain(y, "batch", *(None,) * (x.ndim - contract - 1), *self.axes)
+        before = ("batch", "seq", *(None,) * x.ndim)[: x.ndim - contract]
+        y = constrain(y, *before, *self.axes)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
             y = y + self.param("bias", zeros, self.shape, jnp.float32).astype(self.dtype)

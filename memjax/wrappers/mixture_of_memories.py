@@ -109,18 +109,49 @@ class MixtureOfMemories(MemoryCell):
 
     def chunked(self, params, state, xs, reset, write):
         """m H memories of the inner cell in any of its forms, each with a write mask."""
+        output, heads = jax.tree.leaves(xs)[0].dtype, memories(params, state, xs)
+        params, state, inner, gates, write = self._flat(params, state, xs, write)
+        y, new = run(
+            self.inner,
+            params,
+            inner,
+            state=state,
+            reset=reset,
+            write=write,
+            implementation=self.implementation,
+        )
+        y = dot("bthm,bthm...->bth...", gates, self._split(y, 2, heads))
+        return y.astype(output), self._split(new, 1, heads)
+
+    @property
+    def folds(self) -> bool:
+        """As the inner cell."""
+        return self.inner.folds
+
+    def fold(self, params, state, xs, reset, write):
+        """Those of m H memories of the inner cell, each with a write mask."""
+        heads = memories(params, state, xs)
+        params, state, inner, _, write = self._flat(params, state, xs, write)
+        return self._split(self.inner.fold(params, state, inner, reset, write), 1, heads)
+
+    def compose(self, later, earlier):
+        """Memory by memory."""
+        return jax.vmap(self.inner.compose)(later, earlier)
+
+    def _flat(self, params, state, xs, write):
+        """Weights, state and inputs of m H memories of the inner cell, gates [B, T, H, m], and
+        which tokens are written, [B, T, m H]."""
         dtype, heads = accumulator_dtype(params, state, xs), memories(params, state, xs)
-        output, (batch, length) = jax.tree.leaves(xs)[0].dtype, jax.tree.leaves(xs)[0].shape[:2]
+        batch, length = jax.tree.leaves(xs)[0].shape[:2]
         params, xs = promote((params, xs), dtype)
         state = initial_state(self, params, batch, heads, dtype) if state is None else state
 
-        def flat(leaf, axis):  # the heads that share an input stay neighbours
-            leaf = jnp.swapaxes(leaf, axis, axis + 1)
-            return leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :])
+        def flat(tree, axis):  # the heads that share an input stay neighbours
+            def join(leaf):
+                leaf = jnp.swapaxes(leaf, axis, axis + 1)
+                return leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :])
 
-        def split(leaf, axis):
-            leaf = leaf.reshape(*leaf.shape[:axis], self.number, heads, *leaf.shape[axis + 1 :])
-            return jnp.swapaxes(leaf, axis, axis + 1)
+            return jax.tree.map(join, tree)
 
         gates = jnp.repeat(xs.gates, heads // xs.gates.shape[2], axis=2)
         written = gates > 0
@@ -128,17 +159,17 @@ class MixtureOfMemories(MemoryCell):
             given = write.reshape(batch, length, -1)
             given = jnp.repeat(given, heads // given.shape[2], axis=2)
             written = written & given[..., None]
-        y, new = run(
-            self.inner,
-            jax.tree.map(lambda a: flat(a, 0), params),
-            jax.tree.map(lambda a: flat(a, 2), self.inner.inputs(*xs[:-1])),
-            state=jax.tree.map(lambda a: flat(a, 1), state),
-            reset=reset,
-            write=flat(written, 2),
-            implementation=self.implementation,
-        )
-        y = dot("bthm,bthm...->bth...", gates, split(y, 2))
-        return y.astype(output), jax.tree.map(lambda a: split(a, 1), new)
+        inner = self.inner.inputs(*xs[:-1])
+        return flat(params, 0), flat(state, 1), flat(inner, 2), gates, flat(written, 2)
+
+    def _split(self, tree, axis, heads):
+        """m H memories as [H, m]."""
+
+        def part(leaf):
+            leaf = leaf.reshape(*leaf.shape[:axis], self.number, heads, *leaf.shape[axis + 1 :])
+            return jnp.swapaxes(leaf, axis, axis + 1)
+
+        return jax.tree.map(part, tree)
 
 
 # What memories share of the inner mixer, by the names of its layers or parameters.

@@ -91,6 +91,10 @@ with interpreted():
         assert specs(found) == wanted, (sizes, specs(found))
     given = inputs(4, 4, 2)
     wanted = jax.device_get(jax.jit(all_of)(*given))
+    shared = NamedSharding(sharding.mesh(dict(tensor=2, context=2)), P())
+    found = jax.jit(lambda *given: all_of(*given))(*jax.device_put(given, shared))
+    same(found, wanted)
+    assert specs(found) == ((None, 'context', 'tensor'), (None, 'tensor')), specs(found)
     same(all_of(*jax.device_put(given, NamedSharding(mesh, P(both)))), wanted)
 
     for taken in ({'data'}, {'data', 'fsdp'}):  # by the caller
