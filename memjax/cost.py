@@ -41,7 +41,8 @@ def flops(function: Callable, *arguments: Any) -> int:
     """Floating-point operations of `function(*arguments)`: 2 for a multiply-add of a product, 1
     for each element of an elementwise operation or a reduction, 0 for what only moves data.
 
-    arguments: arrays, or `jax.ShapeDtypeStruct`s. Of a branch the costlier side counts.
+    arguments: arrays, or `jax.ShapeDtypeStruct`s. Of a branch the costlier side counts, of work
+    that is split over devices all of it.
 
     Raises:
       ValueError: a `while` loop, whose number of trips is known at run time only, or an operation
@@ -89,7 +90,8 @@ def model_flops(
     select = None if queries is None else jnp.zeros((1, queries), jnp.int32)
     row = blank(config, 1, length)
     forward = jax.make_jaxpr(lambda params: model.apply({"params": params}, row, select=select))
-    return 3 * products(forward(params).jaxpr) / length
+    whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)  # on no mesh
+    return 3 * products(forward(whole).jaxpr) / length
 
 
 def _count(jaxpr: Any, products: bool) -> int:
@@ -104,6 +106,10 @@ def _equation(equation: Any, products: bool) -> int:
         return 2 * _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr, products)
+    if name == "shard_map":  # its jaxpr is what one device does
+        axes = params.get("newly_manual_axes", params.get("manual_axes"))  # the latter in jax 0.7
+        shares = math.prod(params["mesh"].shape[axis] for axis in axes)
+        return shares * _count(params["jaxpr"], products)
     if name in _UNKNOWN:
         raise ValueError(f"flops: {_UNKNOWN[name]}")
     if name == "cond":

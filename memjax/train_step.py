@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from memjax import data, optim, sharding
 from memjax.nn.lm import LanguageModel, ModelConfig, blank, reports_loss
@@ -215,7 +215,7 @@ class Training:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, nothing computed."""
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # forms are of its platform
+        with jax.sharding.use_abstract_mesh(alone(self.mesh)):
             shapes = jax.eval_shape(self._init, jax.random.key(self.seed))
         params = sharding.shardings(shapes.params, self.mesh)
         shapes = nn.unbox(shapes)
@@ -235,18 +235,20 @@ class Training:
         return make(jax.random.key(self.seed))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of a training batch."""
-        placed = sharding.batch_sharding(self.mesh)
-        return {
-            name: jax.ShapeDtypeStruct((self.rows, *a.shape[1:]), a.dtype, sharding=placed)
-            for name, a in self.data.example.items()
-        }
+        """Shapes, dtypes and shardings of a training batch, as `put` places it."""
+
+        def whole(a):
+            lie = sharding.batch_sharding(self.mesh, None, *a.shape[1:2])
+            return jax.ShapeDtypeStruct((self.rows, *a.shape[1:]), a.dtype, sharding=lie)
+
+        return {name: whole(a) for name, a in self.data.example.items()}
 
     def lower(self) -> tuple[Any, jax.stages.Lowered]:
         """The training step as a jaxpr of the whole batch, and lowered for the devices of the mesh,
         which need not be attached."""
+        given = self.abstract_state(), self.abstract_batch()
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            traced = self.step.trace(self.abstract_state(), self.abstract_batch())
+            traced = self.step.trace(*given)
             return traced.jaxpr.jaxpr, traced.lower()
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
@@ -265,6 +267,12 @@ class Training:
     def _init(self, key: PRNGKeyArray) -> TrainState:
         params = init_params(self.model, key)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(nn.unbox(params)))
+
+
+def alone(mesh: Mesh) -> AbstractMesh:
+    """One device of a mesh: forms are of its platform, and nothing is split."""
+    device = mesh.abstract_mesh.abstract_device
+    return AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 def init_params(model: LanguageModel, key: PRNGKeyArray) -> PyTree:

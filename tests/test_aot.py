@@ -15,7 +15,7 @@ from memjax.config import UserError
 def test_a_step_on_virtual_devices(tmp_path):
     """XLA's own count of what a device is handed is that of the shards; no file is read."""
     sizes = {"model.dim": 16, "data.length": 16, "data.glob": "/none/*.txt", "batch": 8}
-    settings = {**sizes, "data.bpe": 300, "model.vocab": 300, "mesh.tensor": 2, "accumulate": 2}
+    settings = {**sizes, "data.bpe": 300, "model.vocab": 300, "mesh.context": 2, "accumulate": 2}
     changed = [f"--config.{name}={value}" for name, value in settings.items()]
     out = tmp_path / "figures.json"
     process = runs.command(
@@ -23,16 +23,16 @@ def test_a_step_on_virtual_devices(tmp_path):
     )
     shown, _ = runs.finish(process)
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert found["devices"] == 4 and found["mesh"] == {"fsdp": 2, "tensor": 2}
+    assert found["devices"] == 4 and found["mesh"] == {"fsdp": 2, "context": 2}
     held = found["bytes"]
     parts = sum(held[name] for name in ("parameters", "optimiser", "batch"))
     assert held["arguments"] == parts + 4  # the number of the step, which lies everywhere
-    assert held["batch"] == 8 / 2 * 16 * (4 + 4 + 1 + 1)  # inputs, targets, mask, reset
-    assert found["parameters"] < held["parameters"] < 2 * found["parameters"]  # a quarter of most
+    assert held["batch"] == 8 / 2 * 16 / 2 * (4 + 4 + 1 + 1)  # inputs, targets, mask, reset
+    assert 2 * found["parameters"] < held["parameters"] < 3 * found["parameters"]  # half of most
     assert held["peak"] > held["arguments"] + held["temporary"] > held["arguments"]
     assert found["collectives"]["all-reduce"]["count"] > 0
     assert found["products"] > 8 * 16 * found["flops_per_token"] > 0  # chunks, and rematerialised
-    assert "4 x cpu, mesh fsdp 2, tensor 2\n8 x 16 tokens a step in 2 pieces" in shown
+    assert "4 x cpu, mesh fsdp 2, context 2\n8 x 16 tokens a step in 2 pieces" in shown
 
 
 LOOP = """

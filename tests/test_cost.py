@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from memjax import cells, cost, inputs, train_step
 from memjax.blocks.hybrid import COMBINE
@@ -33,6 +34,22 @@ def test_products_loops_and_branches():
     assert cost.flops(jax.jit(jax.checkpoint(lambda a: a @ b)), a) == products(1)
     chosen = cost.flops(lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ b @ b.T, lambda: 2 * a), a)
     assert products(2) <= chosen <= products(2) + 2
+
+
+def test_work_that_is_split_over_devices():
+    """Four devices have two rows each; the other axis is left to the compiler."""
+    mesh = AbstractMesh((2, 4), ("data", "split"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec("split")
+    split = jax.shard_map(
+        lambda a, b: a @ b,
+        mesh=mesh,
+        in_specs=(rows, PartitionSpec()),
+        out_specs=rows,
+        axis_names={"split"},
+        check_vma=False,
+    )
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5)))
+    assert cost.flops(split, a, b) == 2 * 8 * 3 * 5
 
 
 def test_a_gradient_costs_about_twice_the_forward_pass():
