@@ -20,14 +20,21 @@ from memjax.aot import size_in_words
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = str(FOLDER / "results.jsonl")
 CONFIG = "configs/hybrid_1b.py"
-CASES = [(context, slice_) for slice_ in ("v5e:4x4", "v5p:2x2x4") for context in ("8k", "128k")]
+# Length of a row, slice, and settings that differ from those of the config.
+CASES = (
+    ("8k", "v5e:4x4", {}),
+    ("128k", "v5e:4x4", {}),
+    ("8k", "v5p:2x2x4", {}),
+    ("128k", "v5p:2x2x4", {}),
+)
 
 
-def compiled(context, topology):
+def compiled(context, topology, changes):
     """The figures of one case."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "figures.json"
         flags = [f"--config={CONFIG}:{context}", f"--topology={topology}", f"--out={out}"]
+        flags += [f"--config.{name}={value}" for name, value in changes.items()]
         subprocess.run([sys.executable, "-m", "memjax.aot", *flags], check=True)
         found = json.loads(out.read_text(encoding="utf-8"))
     return {"context": context, "date": str(datetime.date.today()), **found}
@@ -38,16 +45,16 @@ def main():
     parser.add_argument("--again", action="store_true", help="compile all of it again")
     known = [] if parser.parse_args().again else results.read(RESULTS)
     rows = {(row["context"], row["topology"]): row for row in known}
-    for case in CASES:
-        if case not in rows:
-            rows[case] = compiled(*case)
+    for context, topology, changes in CASES:
+        if (context, topology) not in rows:
+            rows[context, topology] = compiled(context, topology, changes)
             results.write(RESULTS, rows.values())
     results.write_tables(str(FOLDER / "README.md"), tables(rows.values()))
 
 
 def tables(rows):
     """A line for each case."""
-    head = ["row", "slice", "tokens a chip", "parameters, optimiser", "temporary", "peak"]
+    head = ["row", "slice", "mesh", "tokens a chip", "parameters, optimiser", "temporary", "peak"]
     head += ["fits", "collectives", "a step at least", "MFU at most", "compiled in"]
     return {"ahead": (head, [line(row) for row in rows])}
 
@@ -65,6 +72,7 @@ def line(row):
     return [
         row["context"],
         f"`{row['topology']}`",
+        ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items()),
         f"{tokens}{pieces}",
         size_in_words(held["parameters"] + held["optimiser"]),
         *compiled,
