@@ -1,11 +1,17 @@
-"""Errors that are meant for the user, and how a program shows them. Imports nothing of memjax."""
+"""Errors that are meant for the user, how a program shows them, and exit codes. Imports nothing of
+memjax."""
 
 import contextlib
 import difflib
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
+
+# Exit codes beside 0, 1 (a defect) and 2 (a mistake of the user).
+DIVERGED = 3  # of a run whose loss is not finite: the same command would end so again
+UNFINISHED = 75  # EX_TEMPFAIL, of an interrupted run: the same command continues it
 
 
 class UserError(ValueError):
@@ -57,3 +63,13 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """ " Did you mean 'x'?" with a leading space for the nearest allowed name, or ''."""
     near = difflib.get_close_matches(str(name), [str(a) for a in allowed], 1, 0.55)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def optional(package: str, what: str, do: str) -> Any:
+    """Imports an optional package for `what`; UserError with what to `do` when it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as err:
+        raise UserError(
+            f"{what} needs the package {package}, which is not installed; {do}"
+        ) from err

@@ -9,7 +9,6 @@ saves a checkpoint: read the late metrics (`Late.flush`), write them, evaluate a
 and a resumed run opens `Metrics` with the restored step, which drops the records after it.
 """
 
-import importlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 
 from memjax.config_text import plain, write_text
-from memjax.errors import UserError
+from memjax.errors import optional
 
 # ---------------------------------------------------------------- records
 
@@ -35,6 +34,16 @@ def read_records(path: str) -> list[dict[str, Any]]:
         return []
     with open(path, "rb") as f:
         return [r for r in map(_record, f) if r is not None]
+
+
+def read_last(path: str) -> dict[str, Any] | None:
+    """The last whole record of a jsonl file, without reading all of it; None before the first."""
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as f:
+        f.seek(max(0, os.path.getsize(path) - 10_000))
+        records = [record for record in map(_record, f) if record]
+    return records[-1] if records else None
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -193,7 +202,7 @@ class TensorBoard:
     """Event files in `workdir/tensorboard`, through tensorboardX (no TensorFlow)."""
 
     def __init__(self, workdir: str, restored: int | None = None):
-        module = _optional("tensorboardX", "config.log.tensorboard")
+        module = _logger("tensorboardX", "config.log.tensorboard")
         purge = None if restored is None else restored + 1
         self._writer = module.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=purge)
 
@@ -212,7 +221,7 @@ class Wandb:
     """A Weights & Biases run; its id is kept in `workdir/wandb_id`, so that a resume continues."""
 
     def __init__(self, workdir: str, config: Any = None):
-        module = _optional("wandb", "config.log.wandb")
+        module = _logger("wandb", "config.log.wandb")
         path = os.path.join(workdir, "wandb_id")
         if not os.path.exists(path):
             write_text(path, uuid.uuid4().hex[:8])
@@ -246,14 +255,9 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _optional(package: str, flag: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError as err:
-        raise UserError(
-            f"{flag}=True needs the package {package}, which is not installed; "
-            f"run `pip install {package}`, or leave {flag} at False."
-        ) from err
+def _logger(package: str, flag: str) -> Any:
+    do = f"run `pip install {package}`, or leave {flag} at False."
+    return optional(package, f"{flag}=True", do)
 
 
 # ---------------------------------------------------------------- reading late, and time

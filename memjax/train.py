@@ -6,8 +6,8 @@
 The same command continues a run that was interrupted, bit for bit on CPU. The workdir receives
 config.json, metrics.jsonl, checkpoints/, loss.png and summary.json, with --profile=100:5 also
 profile/, a trace of 5 steps behind the 100th (see memjax/profile.py). Exit codes: 0 finished, 75
-interrupted by SIGTERM or Ctrl-C after saving, 2 a mistake in the request, 1 a defect or a loss that
-is not finite.
+interrupted by SIGTERM or Ctrl-C after saving, 3 a loss that is not finite, 2 a mistake in the
+request, 1 a defect.
 
 On several hosts, start the same command on each, with a workdir that all of them share. TPU slices,
 Slurm (srun), Open MPI and Kubernetes are found by jax; elsewhere set on each host
@@ -50,10 +50,10 @@ from memjax import (
     train_step,
 )
 from memjax.data import tokens as text_tokens
+from memjax.errors import DIVERGED, UNFINISHED
 from memjax.nn.lm import capacity, initial_state
 from memjax.profile import Trace
 
-UNFINISHED = 75  # exit code of an interrupted run, EX_TEMPFAIL: the same command continues it
 # Config fields that a resumed run may change. init_from is of a run's beginning alone, and earlier
 # runs do not have it.
 MAY_CHANGE = ("checkpoint", "eval", "init_from", "log", "mesh", "next_steps")
@@ -360,7 +360,7 @@ def main(argv: Sequence[str]) -> int:
         summary = train(settings, workdir, flags.FLAGS.profile)
     except FloatingPointError as err:
         print(f"error: {err}", file=sys.stderr)
-        return 1
+        return DIVERGED
     except OSError as err:
         raise config.UserError(
             f"{err.filename or workdir} cannot be written ({err.strerror or err}). Make room, then "

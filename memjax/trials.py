@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from memjax import config, results
 from memjax.locks import lock
+from memjax.sweeps.search import Search
 from memjax.train import MAY_CHANGE
 
 
@@ -46,10 +47,14 @@ class Trial:
         return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in words)
 
     @functools.cached_property
+    def settings(self) -> ConfigDict:
+        """Its config."""
+        return config.load(self.config, self.changes)
+
+    @functools.cached_property
     def hash(self) -> str:
         """Of all settings that a result depends on."""
-        settings = config.load(self.config, self.changes)
-        kept = ConfigDict({k: v for k, v in settings.items() if k not in MAY_CHANGE})
+        kept = ConfigDict({k: v for k, v in self.settings.items() if k not in MAY_CHANGE})
         known = config.flatten(config.plain(kept))
         if self.init_from:
             known["init_from"] = self.init_from.hash
@@ -72,7 +77,8 @@ class Trial:
 class Sweep:
     """A sweep file, its folder and its results.
 
-    parts: the sweeps of its PARTS.
+    parts: the sweeps of its PARTS.  search: what its `search` returns.
+    trials: those of its `trials`; of a search those that are known.
 
     Raises UserError for a file that is missing, is no sweep, or has trials with the same labels.
     """
@@ -89,12 +95,19 @@ class Sweep:
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
         parts = getattr(self.module, "PARTS", ())
-        for function in ("tables", "draw") if parts else ("trials", "tables", "draw"):
+        searches = hasattr(self.module, "search")
+        first = [] if parts else ["search" if searches else "trials"]
+        for function in (*first, "tables", "draw"):
             if not callable(getattr(self.module, function, None)):
                 raise config.UserError(f"--sweep={path}: the file defines no function {function}")
         beside = os.path.dirname(self.folder)
         self.parts = [Sweep(os.path.join(beside, part, "sweep.py")) for part in parts]
-        self.trials: list[Trial] = [] if parts else self.module.trials()
+        self.search: Search | None = self.module.search() if searches else None
+        self.trials: list[Trial]
+        if self.search:
+            self.trials = self.search.known(results.read(self.results))
+        else:
+            self.trials = [] if parts else self.module.trials()
         names = [trial.name for trial in self.trials]
         for name in names:
             if names.count(name) > 1:
@@ -104,6 +117,16 @@ class Sweep:
         """Its parts, and theirs, and itself."""
         return [*(each for part in self.parts for each in part.sweeps()), self]
 
+    def workdir(self, trial: Trial, root: str) -> str:
+        """The folder of a trial's run; root: the folder of the runs of all sweeps."""
+        return os.path.join(root, self.name, f"{trial.name}-{trial.hash}")
+
+    def command(self, trial: Trial, root: str) -> list[str]:
+        """The command that trains a trial in its workdir."""
+        first = trial.init_from
+        start = [f"--config.init_from={self.workdir(first, root)}"] if first else []
+        return [*trial.command(self.workdir(trial, root)), *start]
+
     def rows(self) -> dict[str, results.Row]:
         """The rows of results.jsonl by the name of the trial, in the order of the trials; rows of
         no trial are left out."""
@@ -112,9 +135,9 @@ class Sweep:
         return {name: row for name, group in found.items() for row in group}
 
     def shown(self) -> list[results.Row]:
-        """The rows of which tables and picture are made."""
+        """The rows of which tables and picture are made: those that have figures."""
         parts = [{"experiment": part.name, **row} for part in self.parts for row in part.shown()]
-        return [*parts, *self.rows().values()]
+        return [*parts, *(row for row in self.rows().values() if "failure" not in row)]
 
     def readmes(self) -> list[str]:
         """The files that show its tables."""
@@ -132,11 +155,15 @@ class Sweep:
 
     def add(self, trial: Trial, row: results.Row) -> None:
         """Writes a trial's row, in the place of the one that it had."""
+        if trial not in self.trials:  # a search's
+            self.trials.append(trial)
         with self._alone():
             self._write({**self.rows(), trial.name: row})
 
     def rehash(self) -> None:
         """Gives every row its trial's settings and hash as they are today."""
+        if self.search:
+            self.trials = self.search.known(results.read(self.results), today=False)
         with self._alone():
             rows = self.rows()
             self._write(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import jax.numpy as jnp
 
 from pallas_kernels import deviceless, tables
-from pallas_kernels.ops import OPS, arguments, fingerprint, function, work
+from pallas_kernels.ops import OPS, PEAKS, arguments, fingerprint, function, work
 from pallas_kernels.tables import markdown
 
 COMPILED = tables.HERE / "compiled.json"
@@ -29,8 +29,6 @@ DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-# Of one core, in a cycle: floating-point operations of bfloat16 products, bytes of HBM.
-PEAKS = {"v5e": (131072, 546), "v6e": (524288, 937)}
 
 
 def main():

@@ -2,42 +2,31 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-import tiny_runs as runs
+from fake_sweeps import (
+    CONFIG,
+    FILE,
+    README,
+    begun,
+    command,
+    file,
+    made,
+    process_of,
+    rows_of,
+    tell,
+    wait_for_a_run,
+)
 from matplotlib.figure import Figure
 
-from memjax import config, results, sweep, trials
+from memjax import config, evaluate, results, sweep, trials
 
-CONFIG = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "mqar.py")
-FILE = """
-from matplotlib.figure import Figure
-from memjax import results
-from memjax.trials import Trial
-
-def trials():
-    return [
-        Trial({"cell": cell, "seed": seed}, f"{CONFIG}:{cell},seed={seed}", {"batch": 4})
-        for cell in ("delta_net", "rwkv4") for seed in (0, 1)
-    ]
-
-def tables(rows):
-    cells = results.labels(rows, "cell")
-    lines = [[c, results.spread(results.select(rows, cell=c), "query_accuracy")] for c in cells]
-    return {"accuracy": (["cell", "accuracy"], lines)}
-
-def draw(rows):
-    return Figure()
-"""
-README = "# Which?\n\n<!-- table: accuracy -->\nold\n<!-- /table -->\n\nThat one.\n"
+__all__ = ["command", "file"]  # fixtures
 STARTED = """
 def trials():
     first = Trial({"part": "first"}, "{CONFIG}:delta_net")
@@ -60,55 +49,6 @@ def tables(rows):
 def draw(rows):
     return Figure()
 """
-# Stands for the training command: fails on rwkv4, seed 1, unless a file says otherwise.
-FAKE = """
-import json, os, sys, time
-workdir = sys.argv[1]
-line = " ".join([os.path.basename(workdir), *sys.argv[2:]])
-open(os.path.join(os.path.dirname(workdir), "runs.txt"), "a").write(line + "\\n")
-if "rwkv4-1" in workdir and not os.path.exists("mended"):
-    sys.exit(1)
-time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-os.makedirs(workdir, exist_ok=True)
-summary = {"finished": True, "seed": 1, "seconds": 2.0, "ignored": 3}
-summary["query_accuracy"] = len(workdir) % 7 / 10
-json.dump(summary, open(os.path.join(workdir, "summary.json"), "w"))
-"""
-
-
-@pytest.fixture
-def file(tmp_path, monkeypatch):
-    """A sweep of four trials, whose runs are made by FAKE."""
-    folder = tmp_path / "experiment"
-    folder.mkdir()
-    (folder / "sweep.py").write_text(FILE.replace("{CONFIG}", CONFIG))
-    (folder / "README.md").write_text(README)
-    (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(
-        trials.Trial, "command", lambda self, at: [sys.executable, f"{tmp_path}/fake.py", at]
-    )
-    monkeypatch.chdir(tmp_path)
-    return folder / "sweep.py"
-
-
-@pytest.fixture
-def command(capsys):
-    """Runs the command: (exit code, stdout, stderr)."""
-    return functools.partial(runs.called, sweep, capsys)
-
-
-def begun(file):
-    """What was begun so far: the name of each run's folder, and further arguments."""
-    log = file.parent.parent / "runs" / "experiment" / "runs.txt"
-    return log.read_text().splitlines() if log.exists() else []
-
-
-def made(file):
-    return len(begun(file))
-
-
-def rows_of(file):
-    return results.read(str(file.parent / "results.jsonl"))
 
 
 def test_trains_what_is_missing_and_names_what_fails(file, command):
@@ -146,12 +86,12 @@ def test_a_run_from_another_evaluated_several_times(file, command, monkeypatch):
     """Both trials start from one run, which is made once."""
     calls = []
 
-    def evaluate(workdir, **arguments):
+    def figures(workdir, **arguments):
         calls.append((os.path.basename(workdir), arguments))
         return dict(arguments)
 
-    monkeypatch.setattr(sweep.evaluate, "evaluate", evaluate)
-    monkeypatch.setenv("FAKE_SECONDS", "0.2")
+    monkeypatch.setattr(evaluate, "evaluate", figures)
+    tell(file, seconds=0.2)
     file.write_text(file.read_text() + STARTED.replace("{CONFIG}", CONFIG))
     file.write_text(file.read_text().replace('"cell"', '"part"'))
     code, out, err = command(f"--sweep={file}", "--jobs=2")
@@ -168,7 +108,8 @@ def test_a_run_from_another_evaluated_several_times(file, command, monkeypatch):
     command(f"--sweep={file}", "--again")
     assert len(calls) == 4 and made(file) == 3  # all of it was in runs/
     out = command(f"--sweep={file}", "--again", "--dry_run", "--only=part=128")[1]
-    assert [first in line for line in out.splitlines()[1:]] == [True, True]
+    lines = [line for line in out.splitlines()[1:] if not line.startswith("#")]
+    assert [first in line for line in lines] == [True, True]
 
 
 def test_a_run_whose_first_one_fails_is_not_begun(file, command):
@@ -243,7 +184,7 @@ def test_rows_are_written_one_after_another(file, monkeypatch):
 
 def test_figures_are_the_sweeps_own(file, command, monkeypatch):
     """What `memjax.evaluate` wrote into the run's folder is of whatever it was asked for."""
-    monkeypatch.setattr(sweep.evaluate, "evaluate", lambda workdir: {"whole": True})
+    monkeypatch.setattr(evaluate, "evaluate", lambda workdir: {"whole": True})
     file.write_text(file.read_text() + "\ndef keep(found):\n    return found\n")
     trial = trials.Sweep(str(file)).trials[0]
     workdir = file.parent.parent / "runs" / "experiment" / f"{trial.name}-{trial.hash}"
@@ -281,46 +222,23 @@ def test_show_trains_nothing(file, command):
 def test_dry_run(file, command, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(file.parent.parent)
-    code, out, _ = command(f"--sweep={file}", "--dry_run", "--only=seed=1")
+    code, out, _ = command(f"--sweep={file}", "--dry-run", "--only=seed=1")
     lines = [line for line in out.splitlines() if "memjax.train" in line]
     assert code == 0 and len(lines) == 2 and made(file) == 0
     assert lines[0].endswith("mqar.py:delta_net,seed=1 --config.batch=4")
 
 
-BEGIN = (
-    "import sys; from absl import app; from memjax import config, sweep, trials; "
-    "trials.Trial.command = lambda self, at: [sys.executable, 'fake.py', at]; "
-    "sweep.define_flags(); "
-    "app.run(sweep.main, flags_parser=lambda a: config.parse_flags(a, config=False))"
-)
-
-
-def process_of(file, seconds, only="cell=delta_net"):
-    """The command as a process of its own, in which each run takes so long."""
-    environment = {"FAKE_SECONDS": str(seconds), "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-c", BEGIN, f"--sweep={file}", f"--only={only}"],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_a_run(file, process):
-    while not made(file):
-        time.sleep(0.1)
-        assert process.poll() is None
-
-
 def test_an_interrupted_sweep_continues(file):
     """SIGTERM ends it with the code of an unfinished run and its rows; again, it goes on."""
-    process = process_of(file, 60)
+    tell(file, seconds=60)
+    process = process_of(file, "--only=cell=delta_net")
     wait_for_a_run(file, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "the same command continues" in out
     assert made(file) == 1 and rows_of(file) == []
-    again = process_of(file, 0)
+    tell(file)
+    again = process_of(file, "--only=cell=delta_net")
     again.communicate(timeout=120)
     assert again.returncode == 0 and len(rows_of(file)) == 2
 
@@ -328,7 +246,8 @@ def test_an_interrupted_sweep_continues(file):
 @pytest.mark.parametrize("kill", [False, True])
 def test_one_run_in_a_folder(file, command, kill):
     """Another sweep's run is waited for, also when that sweep was killed; it is not made twice."""
-    process = process_of(file, 4, only="cell=delta_net,seed=0")
+    tell(file, seconds=4)
+    process = process_of(file, "--only=cell=delta_net,seed=0")
     wait_for_a_run(file, process)
     if kill:
         process.kill()
@@ -407,7 +326,7 @@ def test_spread():
 def test_an_error_of_one_trial_is_not_that_of_the_others(file, command, monkeypatch):
     text = file.read_text() + "\ndef keep(found):\n    return {'kept': 1 / found['seed']}\n"
     file.write_text(text)
-    monkeypatch.setattr(sweep, "_evaluated", lambda at, _: {"seed": int("-1-" in at)})
+    monkeypatch.setattr(evaluate, "evaluate", lambda at: {"seed": int("-1-" in at)})
     code, _, err = command(f"--sweep={file}", "--only=cell=delta_net")
     assert code == 1 and "failed: delta_net-0;" in err
     assert [row["kept"] for row in rows_of(file)] == [1.0]

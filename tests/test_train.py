@@ -124,6 +124,15 @@ def test_a_step_reports_what_it_did(first_steps):
     assert 0.99 * 0.01 < max(jax.tree.leaves(moved)) < 1.1 * 0.01
 
 
+def test_a_run_without_files_makes_the_same_steps(first_steps):
+    run, _, after, values = first_steps
+    state, history = run.train(1)
+    assert {name: list(found) for name, found in history.items()} == {
+        name: [value] for name, value in values[0].items()
+    }
+    assert largest_difference(after.params, state.params) == 0
+
+
 def test_the_loss_falls_on_an_easy_task(first_steps):
     losses = [v["loss"] for v in first_steps[-1]]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3, losses

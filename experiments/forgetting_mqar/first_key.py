@@ -10,16 +10,15 @@ import sys
 import numpy as np
 
 from memjax import data, evaluate, generate
-from memjax.sweep import Runner, chosen
+from memjax.sweep import chosen
 from memjax.trials import Sweep
 
 
 def main(cells):
     sweep = Sweep("experiments/forgetting_mqar/sweep.py")
-    runner = Runner(sweep, jobs=1, root="runs")
     for cell in cells:
         (trial,) = chosen(sweep.trials, f"cell={cell},seed=0,dtype=float32")
-        _, model, params, meta = generate.load(runner.workdir(trial))
+        _, model, params, meta = generate.load(sweep.workdir(trial, "runs"))
         settings = meta["config"]
         source = data.make(settings["data"], batch=settings["batch"], seed=settings["seed"])
         found = {"first key": [], "other keys": []}

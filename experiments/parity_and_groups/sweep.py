@@ -2,8 +2,8 @@
 
     python -m memjax.sweep --sweep=experiments/parity_and_groups/sweep.py --jobs=2
 
-Parity, arithmetic modulo 5, and words over S3 and the swaps of S5, with steps of the delta rule up
-to 1 (eigenvalues in [0, 1]) and up to 2 ([-1, 1]), and with one or two steps a token.
+Parity, and words over S3 and the swaps of S5, with steps of the delta rule up to 1 (eigenvalues in
+[0, 1]) and up to 2 ([-1, 1]), and with one or two steps a token.
 """
 
 import math
@@ -31,11 +31,6 @@ OTHERS = {cell: (cell, {}) for cell in ("attention", "linear_attention", "gla", 
 # Task -> the rest of the config's argument, changes, and models.
 TASKS = {
     "parity": ("task=parity,dim=32,steps=1000", {}, {**DELTAS, **OTHERS}),
-    "modular_arithmetic": (
-        "task=modular_arithmetic,layers=2,steps=2000",
-        {},
-        {**DELTAS, "linear_attention": OTHERS["linear_attention"], "rwkv7": OTHERS["rwkv7"]},
-    ),
     "S3": ("task=group_words,steps=2000", {}, {**PRODUCTS, "rwkv7": OTHERS["rwkv7"]}),
     "S5, swaps": (
         "task=group_words,group=S5,steps=2000",
@@ -99,8 +94,8 @@ def tables(rows):
 
 def draw(rows):
     """A panel for each task: the longest rows, a point a seed."""
-    figure = Figure(figsize=(12, 6.4), dpi=120, layout="constrained")
-    for axes, task in zip(figure.subplots(2, 2).flat, TASKS, strict=True):
+    figure = Figure(figsize=(15, 3.6), dpi=120, layout="constrained")
+    for axes, task in zip(figure.subplots(1, 3), TASKS, strict=True):
         groups = results.grouped(results.select(rows, task=task), "model")
         if task in WORDS:
             name, what = f"token_{LENGTHS[-1]}", "accuracy of products 65 to 128"
