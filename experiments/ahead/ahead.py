@@ -26,6 +26,7 @@ CASES = (
     ("128k", "v5e:4x4", {}),
     ("8k", "v5p:2x2x4", {}),
     ("128k", "v5p:2x2x4", {}),
+    ("128k", "v5e:8x8", {"mesh.fsdp": 4, "mesh.context": 16, "accumulate": 4}),
 )
 
 
