@@ -66,7 +66,7 @@ lint: environment ## ruff and mypy
 
 docs: environment ## the documentation site, in build/docs; no link may be broken
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 benchmark: environment ## speed and peak memory of the cells' forms
 	$(PYTHON) -m memjax.benchmark $(ARGS)

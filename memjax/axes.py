@@ -62,6 +62,21 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(names, x.shape, mesh)))
 
 
+def mesh_platform() -> str | None:
+    """The platform of the mesh in force, which a program may be compiled for without being there;
+    None where no mesh is in force (`jax.sharding.use_abstract_mesh`)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return None
+    kind = "tpu" if device.device_kind.startswith("TPU") else None  # jax 0.7 has no platform here
+    return getattr(device, "platform", kind)
+
+
+def platform() -> str:
+    """The platform that is traced for: that of the mesh in force, or else the default backend."""
+    return mesh_platform() or jax.default_backend()
+
+
 def per_device(form: Callable) -> Callable:
     """Splits the work of a sequence form over a mesh, for a form that the compiler cannot split by
     itself, such as a kernel. Takes and returns whole batches, as the forms of a cell do.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax import forms, spans
-from memjax.axes import per_device
+from memjax.axes import per_device, platform
 from memjax.recurrence import (
     accumulator_dtype,
     memories,
@@ -96,8 +96,7 @@ class MemoryCell:
     def preferred(self, length: int, differentiate: bool) -> tuple[str, ...]:
         """The forms to try for `length` tokens when the caller does not choose: those measured on
         this platform, fastest first (see `memjax.forms`), then the others."""
-        platform, kind = jax.default_backend(), type(self).__name__
-        measured = forms.fastest(platform, kind, length, differentiate)
+        measured = forms.fastest(platform(), type(self).__name__, length, differentiate)
         others = ("scan", "chunked") if length == 1 else ("chunked", "scan")
         return tuple(dict.fromkeys((*measured, *others)))
 

@@ -52,6 +52,15 @@ def scientific(number: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def memory(compiled: jax.stages.Compiled) -> str:
+    """What a compiled program takes of one device, where its compiler says so."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return ""
+    held, free = (human(n) for n in (found.argument_size_in_bytes, found.temp_size_in_bytes))
+    return f"; a device holds {held}B of state and batch and needs {free}B of temporary memory"
+
+
 def _fixed(number: float, digits: int) -> str:
     return f"{number:.{digits}f}" if abs(number) < 1000 else f"{number:.1e}"
 
@@ -63,6 +72,7 @@ _COLUMNS = (
     ("grad_norm", lambda v: f"grad {_fixed(v, 2):>5}"),
     ("lr", lambda v: f"lr {scientific(v):>6}"),
     ("tokens_per_second", lambda v: f"{human(v):>5} tok/s"),
+    ("mfu", lambda v: f"{100 * v:4.1f}% mfu"),
     ("eta", lambda v: f"eta {duration(v):>6}"),
 )
 
@@ -132,6 +142,30 @@ class Progress:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
+
+
+def report(summary: dict[str, Any], workdir: str) -> str:
+    """What a finished run says at its end."""
+    lines = [""]
+    key = "bits_per_byte" if "bits_per_byte" in summary else "query_accuracy"
+    unit = "held-out bits per byte" if key == "bits_per_byte" else "query accuracy"
+    rows = {**summary["baselines"], "this model": summary[key]}
+    lines.append(f"{unit}:")
+    for name, value in sorted(rows.items(), key=lambda row: -row[1]):
+        lines.append(f"  {name:<12} {value:.4f}" + ("  <-" if name == "this model" else ""))
+    if "sample" in summary:
+        lines += ["", "a sample, from the start of a document:", "", summary["sample"]]
+    lines += [
+        "",
+        (
+            f"{summary['steps']} steps in {duration(summary['seconds'])}, "
+            f"{human(summary['tokens_per_second'])} tokens/s, "
+            f"{human(summary['parameters'])} parameters"
+        ),
+        f"loss curve: {os.path.join(workdir, 'loss.png')}",
+        f"figures:    {os.path.join(workdir, 'summary.json')}",
+    ]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the loss curve

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax import spans
+from memjax.axes import platform
 from memjax.typing import Array, Bool, DTypeLike, Float, Int, PyTree, Shaped
 
 # Products that touch states and decays; jax's default is narrower on accelerators.
@@ -184,8 +185,7 @@ def running(
 
     length = jax.tree.leaves(elements)[0].shape[0]
     if size is None:
-        on_cpu = jax.default_backend() == "cpu"
-        size = length if on_cpu else power_of_two_at_least(math.isqrt(length))
+        size = length if platform() == "cpu" else power_of_two_at_least(math.isqrt(length))
     if size >= length:
         return lax.scan(every, first, elements)[1]
     across = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), to_chunks(elements, size))  # [C, N]

@@ -4,7 +4,8 @@
     python -m memjax.train --config=configs/quickstart.py --workdir=runs/x --config.optim.lr=1e-3
 
 The same command continues a run that was interrupted, bit for bit on CPU. The workdir receives
-config.json, metrics.jsonl, checkpoints/, loss.png and summary.json. Exit codes: 0 finished, 75
+config.json, metrics.jsonl, checkpoints/, loss.png and summary.json, with --profile=100:5 also
+profile/, a trace of 5 steps behind the 100th (see memjax/profile.py). Exit codes: 0 finished, 75
 interrupted by SIGTERM or Ctrl-C after saving, 3 a loss that is not finite, 2 a mistake in the
 request, 1 a defect.
 
@@ -38,7 +39,9 @@ from absl import app, flags, logging
 from memjax import (
     __version__,
     checkpoint,
+    chips,
     config,
+    cost,
     generate,
     hosts,
     locks,
@@ -49,6 +52,7 @@ from memjax import (
 from memjax.data import tokens as text_tokens
 from memjax.errors import DIVERGED, UNFINISHED
 from memjax.nn.lm import capacity, initial_state
+from memjax.profile import Trace
 
 # Config fields that a resumed run may change. init_from is of a run's beginning alone, and earlier
 # runs do not have it.
@@ -56,26 +60,27 @@ MAY_CHANGE = ("checkpoint", "eval", "init_from", "log", "mesh", "next_steps")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def train(settings: Any, workdir: str) -> dict[str, Any]:
+def train(settings: Any, workdir: str, profile: str = "") -> dict[str, Any]:
     """Runs, or continues, what `settings` (a config) describes; returns the summary.
 
+    profile: the steps that are traced (see `memjax.profile`), "" for none.
     summary["finished"] is False when SIGTERM or SIGINT interrupted the run; it was saved before.
     Raises config.UserError for settings that cannot work and FloatingPointError for a loss that
     is not finite.
     """
     with hosts.signals() as stopped, ExitStack() as held:
-        return _train(settings, workdir, stopped, held)
+        return _train(settings, workdir, profile, stopped, held)
 
 
-def _train(settings, workdir, stopped, held):
+def _train(settings, workdir, profile, stopped, held):
     # ------------------------------------------------------------------ what is trained
     check_intervals(settings)
+    trace = Trace(profile, workdir)
     hosts.check_same("command", {"workdir": os.path.abspath(workdir), "config": settings})
     with hosts.agreement(), config.user_errors("config"):
         run = train_step.build(settings)
         abstract = run.abstract_state()
-        example = run.put(run.data.example)
-        lowered = run.step.lower(abstract, example)
+        _, lowered = run.lower()
     start = None
     if settings.get("init_from") and not checkpoint.exists(workdir):
         start = parameters_of(settings.init_from, abstract.params)
@@ -87,6 +92,9 @@ def _train(settings, workdir, stopped, held):
         "steps": settings.steps,
         "parameters": sum(a.size for a in jax.tree.leaves(abstract.params)),
         "state_bytes": state_bytes(run.model, abstract.params),  # of one sequence
+        "flops_per_token": cost.model_flops(
+            run.model.config, abstract.params, run.data.length, run.data.queries
+        ),
         "seed": settings.seed,
         "versions": versions(),
     }
@@ -117,10 +125,12 @@ def _train(settings, workdir, stopped, held):
     # ------------------------------------------------------------------ compilation
     began = time.perf_counter()
     advance = lowered.compile()
-    memory = advance.memory_analysis()
     if step < settings.steps:
-        temporary = "" if memory is None else f", {progress.human(memory.temp_size_in_bytes)}B"
-        show.note(f"compiled in {time.perf_counter() - began:.1f} s{temporary} of temporary memory")
+        took, needs = time.perf_counter() - began, progress.memory(advance)
+        show.note(f"compiled in {took:.1f} s{needs}")
+    peak = chips.peak(list(run.mesh.devices.flat))
+    if profile:
+        show.note(f"steps {trace.borders[0] + 1} to {trace.borders[1]} are traced: {trace.folder}")
     late = metrics.Late()
     fed: deque = deque(maxlen=2)  # (step, batch) of the step in flight and of the one before
 
@@ -141,6 +151,9 @@ def _train(settings, workdir, stopped, held):
         if run.data.bytes_per_token:
             values["bits_per_byte"] = values["loss"] / math.log(2) / run.data.bytes_per_token
         values["tokens_per_second"] = clock.tokens_per_second()
+        if peak is not None:
+            flops = summary["flops_per_token"] * values["tokens_per_second"]
+            values["mfu"] = flops / peak
         log.write(at, values)
         if at % settings.log.every == 0 or at == settings.steps:
             show.update(at, {**values, "eta": clock.eta(settings.steps - at)})
@@ -151,21 +164,29 @@ def _train(settings, workdir, stopped, held):
         show.update(at, {"kind": "eval", **values})
         return values
 
+    def switch(traced):
+        if traced:
+            with clock.paused(wait_for=state):
+                trace.switch()
+
     def due(at):
         every = settings.eval.every
         return every and at % every == 0 and 0 < at < settings.steps
 
     # ------------------------------------------------------------------ the loop
-    with saver:
+    with saver, trace:
         if due(step):  # where a signal stopped the run, it did not take the time to evaluate
             evaluate_once(workdir, evaluate, step, settings.eval.batches)
         clock.start()
         while step < settings.steps:
+            switch(trace.begins(step))
             batch = next(iterator)
             fed.append((step + 1, batch))
-            state, values = advance(state, run.put(batch))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                state, values = advance(state, run.put(batch))
             step += 1
             clock.tick(per_step)
+            switch(trace.ends(step))
             record(late.push(step, values))
             last = step == settings.steps or stopped()
             if last or due(step) or saver.due(step):
@@ -288,6 +309,7 @@ def describe(show, run: train_step.Training, summary: dict[str, Any], step: int)
     show.note(f"memjax {__version__}, jax {jax.__version__}, {devices}")
     show.note(
         f"model: {progress.human(summary['parameters'])} parameters, "
+        f"{progress.human(summary['flops_per_token'])} model FLOPs a token, "
         f"{progress.human(summary['state_bytes'])}B of state a sequence; "
         f"{in_words(run.model.config.layers)}"
     )
@@ -322,30 +344,6 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def report(summary: dict[str, Any], workdir: str) -> str:
-    """What a finished run says at its end."""
-    lines = [""]
-    key = "bits_per_byte" if "bits_per_byte" in summary else "query_accuracy"
-    unit = "held-out bits per byte" if key == "bits_per_byte" else "query accuracy"
-    rows = {**summary["baselines"], "this model": summary[key]}
-    lines.append(f"{unit}:")
-    for name, value in sorted(rows.items(), key=lambda row: -row[1]):
-        lines.append(f"  {name:<12} {value:.4f}" + ("  <-" if name == "this model" else ""))
-    if "sample" in summary:
-        lines += ["", "a sample, from the start of a document:", "", summary["sample"]]
-    lines += [
-        "",
-        (
-            f"{summary['steps']} steps in {progress.duration(summary['seconds'])}, "
-            f"{progress.human(summary['tokens_per_second'])} tokens/s, "
-            f"{progress.human(summary['parameters'])} parameters"
-        ),
-        f"loss curve: {os.path.join(workdir, 'loss.png')}",
-        f"figures:    {os.path.join(workdir, 'summary.json')}",
-    ]
-    return "\n".join(lines)
-
-
 @config.exit_on_user_error
 def main(argv: Sequence[str]) -> int:
     if argv[1:]:
@@ -359,7 +357,7 @@ def main(argv: Sequence[str]) -> int:
         raise config.UserError("--workdir is missing; write --workdir=runs/NAME")
     hosts.initialise()
     try:
-        summary = train(settings, workdir)
+        summary = train(settings, workdir, flags.FLAGS.profile)
     except FloatingPointError as err:
         print(f"error: {err}", file=sys.stderr)
         return DIVERGED
@@ -373,12 +371,18 @@ def main(argv: Sequence[str]) -> int:
     if not summary["finished"]:
         print(f"stopped at step {summary['step']} and saved; the same command continues")
         return UNFINISHED
-    print(report(summary, workdir))
+    print(progress.report(summary, workdir))
     if settings.get("next_steps"):
         print("\nwhat to try next:\n" + settings.next_steps.format(workdir=workdir))
     return 0
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """The command's flags; made when it runs, so that other programs may import this module."""
     flags.DEFINE_string("workdir", None, "folder of the run; made when absent")
+    flags.DEFINE_string("profile", "", "START:NUMBER: trace so many steps behind the START-th")
+
+
+if __name__ == "__main__":
+    define_flags()
     app.run(main, flags_parser=config.parse_flags)

@@ -3,7 +3,7 @@ config. No files, no loop; a notebook needs nothing else."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from memjax import data, optim, sharding
 from memjax.nn.lm import LanguageModel, ModelConfig, blank, reports_loss
@@ -201,7 +201,7 @@ class Training:
 
     model: the Linen module. data: its batches (see `memjax.data.Data`). mesh: the devices.
     optimizer, schedule: of optax. step, evaluate: jitted (state, batch) -> (state, metrics), with
-    the state donated, and (params, batch) -> sums. seed: of the parameters.
+    the state donated, and (params, batch) -> sums. rows: of a batch. seed: of the parameters.
     """
 
     model: LanguageModel
@@ -211,11 +211,13 @@ class Training:
     schedule: Callable
     step: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
+    rows: int
     seed: int
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, nothing computed."""
-        shapes = jax.eval_shape(self._init, jax.random.key(self.seed))
+        with jax.sharding.use_abstract_mesh(alone(self.mesh)):
+            shapes = jax.eval_shape(self._init, jax.random.key(self.seed))
         params = sharding.shardings(shapes.params, self.mesh)
         shapes = nn.unbox(shapes)
         placed = TrainState(
@@ -232,6 +234,23 @@ class Training:
         target = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         make = jax.jit(lambda key: nn.unbox(self._init(key)), out_shardings=target)
         return make(jax.random.key(self.seed))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a training batch, as `put` places it."""
+
+        def whole(a):
+            lie = sharding.batch_sharding(self.mesh, None, *a.shape[1:2])
+            return jax.ShapeDtypeStruct((self.rows, *a.shape[1:]), a.dtype, sharding=lie)
+
+        return {name: whole(a) for name, a in self.data.example.items()}
+
+    def lower(self) -> tuple[Any, jax.stages.Lowered]:
+        """The training step as a jaxpr of the whole batch, and lowered for the devices of the mesh,
+        which need not be attached."""
+        given = self.abstract_state(), self.abstract_batch()
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            traced = self.step.trace(*given)
+            return traced.jaxpr.jaxpr, traced.lower()
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Moves a batch to the devices, rows and tokens spread over them; a process gives its own
@@ -260,6 +279,12 @@ class Training:
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(nn.unbox(params)))
 
 
+def alone(mesh: Mesh) -> AbstractMesh:
+    """One device of a mesh: forms are of its platform, and nothing is split."""
+    device = mesh.abstract_mesh.abstract_device
+    return AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
 def init_params(model: LanguageModel, key: PRNGKeyArray) -> PyTree:
     """Initial parameters, boxed with their logical axis names."""
     return model.init(key, blank(model.config, 1, 2))["params"]
@@ -270,20 +295,25 @@ def abstract_params(model: LanguageModel) -> PyTree:
     return nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
 
-def build(config: Any) -> Training:
+def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Training:
     """Model, data, optimiser and jitted steps of a config (see `configs/`).
+
+    devices: of a topology that need not be attached, to lower the step for; its text is not read
+    then. None: all of this machine.
 
     Raises ValueError with one message for a setting that does not exist or does not fit.
     """
     model_config = model_of(config)
-    mesh = sharding.mesh(config.mesh)
+    mesh = sharding.mesh(config.mesh, devices)
     if config.accumulate < 1 or config.batch % config.accumulate:
         raise ValueError(
             f"accumulate {config.accumulate} does not divide the batch of {config.batch} rows"
         )
     sharding.batch_sharding(mesh, config.batch // config.accumulate)  # refuses what does not fit
-    share = sharding.share(mesh, config.batch)
-    source = data.make(config.data, batch=config.batch, seed=config.seed, share=share)
+    share = sharding.share(mesh, config.batch) if devices is None else None
+    source = data.make(
+        config.data, batch=config.batch, seed=config.seed, share=share, read=devices is None
+    )
     for name in ("vocab", "features"):
         given, needed = getattr(model_config, name), getattr(source, name)
         if given != needed:
@@ -303,6 +333,7 @@ def build(config: Any) -> Training:
         schedule=schedule,
         step=jax.jit(step, donate_argnums=0),
         evaluate=jax.jit(make_eval_step(model, source.evaluation_queries)),
+        rows=config.batch,
         seed=config.seed,
     )
     # Left to itself, XLA may return a parameter placed otherwise than it came.

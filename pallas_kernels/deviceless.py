@@ -12,16 +12,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 
-os.environ.update(
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_WORKER_ID="0",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",
-    TF_CPP_MIN_LOG_LEVEL="3",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
+from pallas_kernels import programs
+
+os.environ.update(programs.WITHOUT_TPUS)
 _DUMP = tempfile.mkdtemp(prefix="deviceless")
 atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
 # The last pass alone: the dumps of all of them take longer than the compilation.
@@ -80,7 +74,7 @@ def cost(generation: str, fn, *shapes) -> Cost:
     """
     for entry in os.scandir(_DUMP):
         shutil.rmtree(entry) if entry.is_dir() else os.remove(entry)
-    program = _Program(compile_for(generation, fn, *shapes).as_text())
+    program = programs.Program(compile_for(generation, fn, *shapes).as_text())
     found = Cost({}, 0)
     for times, line in program.operations():
         name = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line)
@@ -103,47 +97,6 @@ def _sizes(kernel: Kernel) -> tuple[int, int, int]:
 def _plain(name: str) -> str:
     """The name that `pallas_call` was given, without what transformations add to it."""
     return re.sub(r"^((transpose|jvp|checkpoint|remat)_+)+|_*(\.\d+)?$", "", name)
-
-
-class _Program:
-    """The text of a compiled program, by computation."""
-
-    def __init__(self, text: str):
-        self.computations: dict[str, list[str]] = {}
-        lines: list[str] = []
-        # The metadata that a kernel was given stands on lines of its own.
-        text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "", text, flags=re.DOTALL)
-        for line in text.splitlines():
-            if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-                lines = self.computations["" if head[1] else head[2]] = []
-            else:
-                lines.append(line)
-
-    def operations(self, computation: str = "", times: int = 1) -> Iterator[tuple[int, str]]:
-        """(how often it runs, line) of every operation, loops followed."""
-        for line in self.computations[computation]:
-            yield times, line
-            if " while(" in line:
-                yield from self.operations(_after("body=", line), times * self._trips(line))
-            elif " call(" in line:
-                yield from self.operations(_after("to_apply=", line), times)
-            elif " conditional(" in line:
-                raise ValueError(f"a condition has no one cost: {line.strip()}")
-
-    def _trips(self, line: str) -> int:
-        """How often a loop that counts up to a constant runs."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-            return int(known[1])
-        text = "\n".join(self.computations[_after("condition=", line)])
-        limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
-        if len(limits) != 1 or "direction=LT" not in text:
-            raise ValueError(f"the number of trips of a loop is unknown: {line.strip()}\n{text}")
-        return int(limits[0])
-
-
-def _after(word: str, line: str) -> str:
-    """The computation that is named behind a word."""
-    return line.partition(word)[2].lstrip("%").split(",")[0].split(" ")[0].rstrip(")")
 
 
 # ---------------------------------------------------------------- what the compiler dumps

@@ -26,9 +26,10 @@ def command(capfd):
     """Runs train's `main` on a command line: (exit code, stdout, stderr)."""
 
     def run(*args):
-        with contextlib.suppress(AttributeError):
-            del flags.FLAGS.workdir
-        flags.DEFINE_string("workdir", None, "folder of the run")
+        for name in ("workdir", "profile"):
+            with contextlib.suppress(AttributeError):
+                delattr(flags.FLAGS, name)
+        train.define_flags()
         capfd.readouterr()
         try:
             code = train.main(config.parse_flags(["train", *map(str, args)]))
@@ -37,7 +38,9 @@ def command(capfd):
         return code, *capfd.readouterr()
 
     yield run
-    for name in [n for n in flags.FLAGS if n == "workdir" or n.partition(".")[0] == "config"]:
+    for name in [
+        n for n in flags.FLAGS if n in ("workdir", "profile") or n.partition(".")[0] == "config"
+    ]:
         delattr(flags.FLAGS, name)
 
 

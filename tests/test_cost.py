@@ -1,16 +1,22 @@
 """Operations counted from jaxprs."""
 
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from memjax import cells, cost, inputs
+from memjax import cells, cost, inputs, train_step
 from memjax.blocks.hybrid import COMBINE
 from memjax.cell import run
 from memjax.nn.layers import Context
+from memjax.nn.lm import LanguageModel, ModelConfig
 from memjax.nn.stack import make_mixer
+from pallas_kernels.programs import Program
 
 
 def test_products_loops_and_branches():
@@ -28,6 +34,22 @@ def test_products_loops_and_branches():
     assert cost.flops(jax.jit(jax.checkpoint(lambda a: a @ b)), a) == products(1)
     chosen = cost.flops(lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ b @ b.T, lambda: 2 * a), a)
     assert products(2) <= chosen <= products(2) + 2
+
+
+def test_work_that_is_split_over_devices():
+    """Four devices have two rows each; the other axis is left to the compiler."""
+    mesh = AbstractMesh((2, 4), ("data", "split"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec("split")
+    split = jax.shard_map(
+        lambda a, b: a @ b,
+        mesh=mesh,
+        in_specs=(rows, PartitionSpec()),
+        out_specs=rows,
+        axis_names={"split"},
+        check_vma=False,
+    )
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5)))
+    assert cost.flops(split, a, b) == 2 * 8 * 3 * 5
 
 
 def test_a_gradient_costs_about_twice_the_forward_pass():
@@ -78,3 +100,50 @@ def test_a_hybrid_costs_what_its_halves_do_and_a_window_what_its_length_does():
         assert halves * 0.98 <= both <= halves * 1.1, f"{combine}: {both / halves}"
     few, more, many = (layer_flops("sliding_window", length) for length in (1024, 2048, 4096))
     assert many - more <= 2.05 * (more - few)  # 4 times where a token sees all
+
+
+def model(*layers, **changes):
+    """(sizes, shapes of the parameters) of a model of width 32."""
+    sizes = ModelConfig(vocab=96, dim=32, layers=((layers, 2),), mlp=2.0, **changes)
+    return sizes, train_step.abstract_params(LanguageModel(sizes))
+
+
+def test_the_model_flops_of_a_transformer():
+    """6 for each parameter of a product, and 12 for each channel of a query and token in sight."""
+    matrices = 96 * 32 + 2 * (4 * 32 * 32 + 3 * 64 * 32)
+    for window, seen in ((8, 8), (50, 20)):
+        options = {"sliding_window": {"window": window}}
+        sizes, params = model("sliding_window", mixers=options, remat="full")
+        assert cost.model_flops(sizes, params, 20) == 6 * matrices + 2 * 12 * seen * 32
+    fewer = cost.model_flops(sizes, params, 20, queries=5)
+    assert fewer == 6 * (matrices - 96 * 32 * 15 / 20) + 2 * 12 * 20 * 32
+
+
+def dots(text):
+    """Operations of the products of a compiled program, in loops as often as they run."""
+    shapes = dict(re.findall(r"%([\w.\-]+) = \w+\[([\d,]*)\]", text))
+    shapes = {name: [int(n) for n in shape.split(",") if n] for name, shape in shapes.items()}
+    total = 0
+    for times, line in Program(text).operations(inside=True):
+        if found := re.search(r"%([\w.\-]+) = .* dot\((?:\w+\[[^ ]* )?%([\w.\-]+),", line):
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)[1].split(",")
+            sizes = (shapes[found[2]][int(axis)] for axis in contracted)
+            total += times * 2 * math.prod(shapes[found[1]]) * math.prod(sizes)
+    return total
+
+
+def test_model_flops_are_those_of_the_compiled_gradient():
+    """Of a hybrid whose memory runs token by token, as it is counted. XLA has more by the gradients
+    of rank-one writes, which are two products of 2 K V each."""
+    length = 32
+    mixers = {"gated_delta_net": {"implementation": "scan"}, "sliding_window": {"window": length}}
+    sizes, params = model("gated_delta_net", "sliding_window", mixers=mixers)
+    rows = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(params, rows):
+        return jnp.sum(LanguageModel(sizes).apply({"params": params}, rows)[0] ** 2)
+
+    text = jax.jit(jax.grad(loss)).lower(params, rows).compile().as_text()
+    counted = cost.model_flops(sizes, params, length) * length
+    writes = 2 * length * 4 * (2 * 2 * 8 * 8)  # layers, tokens, heads
+    assert dots(text) == pytest.approx(counted + writes, rel=1e-3)

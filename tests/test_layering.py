@@ -28,6 +28,7 @@ CORE = (
 SHELL = ("memjax.nn",)
 HELPERS = (
     "memjax.checkpoint",
+    "memjax.chips",
     "memjax.config",
     "memjax.config_text",
     "memjax.cost",
@@ -46,6 +47,7 @@ HELPERS = (
 )
 SOURCES = ("memjax.data", "memjax.tasks")
 COMMANDS = (
+    "memjax.aot",
     "memjax.benchmark",
     "memjax.evaluate",
     "memjax.generate",
@@ -111,6 +113,7 @@ LAYERS = {
     "memjax.errors": Layer(),
     "memjax.probes": Layer(ours=LIBRARY, packages=FLAX),
     **{name: Layer(ours=("memjax",), packages=ANY) for name in COMMANDS},
+    "memjax.aot": Layer(ours=("memjax", "pallas_kernels.programs"), packages=ANY),
     "memjax": Layer(ours=("memjax",), packages=ANY),
     "configs": Layer(ours=("memjax",), packages=("ml_collections",), never=COMMANDS),
     "experiments": Layer(ours=("memjax",), packages=ANY),

@@ -98,6 +98,7 @@ def pair(tmp_path, source, settings) -> tuple[Run, Run, float]:
     )
     began = time.monotonic()
     runs.finish(whole.start())
+    assert os.listdir(cache)  # of compiled programs, by JAX_COMPILATION_CACHE_DIR
     return whole, broken, (time.monotonic() - began) / 2
 
 

@@ -1,5 +1,6 @@
 """Training in Python, without the command: the step, evaluation, accumulation, devices, the run."""
 
+import gzip
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import tiny_runs as runs
 
 import memjax
-from memjax import checkpoint, config, evaluate, metrics, train, train_step
+from memjax import checkpoint, chips, config, evaluate, metrics, progress, train, train_step
 from memjax.data import tokens
 
 # What the first step of training reports, and the loss of the second. To 1e-4: a change of the
@@ -285,6 +286,33 @@ def test_a_run_starts_with_the_parameters_of_another(tmp_path, workdir):
     with settings.unlocked():
         del settings.init_from
     assert train.train(settings, other)["finished"]
+
+
+def test_a_run_says_what_it_costs_and_traces_steps(tmp_path, monkeypatch, capsys):
+    """The trace holds the two steps that were asked for; MFU is against the peak of the device."""
+    monkeypatch.setattr(chips, "peak", lambda devices: 1e9 * len(devices))
+    summary = train.train(task(), str(tmp_path), profile="3:2")
+    (folder,) = (tmp_path / "profile" / "plugins" / "profile").iterdir()
+    (packed,) = folder.glob("*.trace.json.gz")
+    with gzip.open(packed, "rt", encoding="utf-8") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert names.count("train") == 2 and not any("evaluat" in name for name in names)
+    rows = metrics.read_records(f"{tmp_path}/metrics.jsonl")
+    rows = [row for row in rows if row["kind"] == "train"]
+    shares = [row["tokens_per_second"] * summary["flops_per_token"] / 1e9 for row in rows]
+    assert [row["mfu"] for row in rows] == pytest.approx(shares)
+    shown = capsys.readouterr().out
+    flops = progress.human(summary["flops_per_token"])
+    assert f"parameters, {flops} model FLOPs a token" in shown
+    assert f"steps 4 to 5 are traced: {tmp_path}" in shown and "% mfu" in shown
+    assert "B of temporary memory" in shown
+
+
+@pytest.mark.parametrize("steps", ["100", "3:0", "a:b"])
+def test_steps_to_trace_that_there_are_not(tmp_path, steps):
+    with pytest.raises(config.UserError, match=f"--profile={steps}: expected START:NUMBER, steps"):
+        train.train(task(), str(tmp_path / "run"), profile=steps)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 6), (signal.SIGINT, 0)])

@@ -167,7 +167,8 @@ def records(workdir) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock; every line must be whole."""
     with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_second")} for r in rows]
+    of_the_clock = ("time", "tokens_per_second", "mfu")
+    return [{k: v for k, v in r.items() if k not in of_the_clock} for r in rows]
 
 
 def summary(workdir) -> dict:

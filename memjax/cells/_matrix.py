@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.axes import mesh_platform, platform
 from memjax.cell import MemoryCell
 from memjax.recurrence import (
     accumulator_dtype,
@@ -142,6 +143,7 @@ class MatrixMemory(MemoryCell):
             zeros = jax.tree.map(jnp.zeros_like, (v, g, beta))
             v, g, beta = select(repeated(write), (v, g, beta), zeros)
         given = dict(g=g, initial_state=state, reset=reset, scale=self.factor)
+        given["platform"] = mesh_platform()
         if beta is None:
             return chunk_linear(q, k, v, **given)
         return chunk_delta(q, k, v, beta, **given)
@@ -176,7 +178,7 @@ class MatrixMemory(MemoryCell):
     def chunks(self, state, terms, reset, write):
         """S^T q for the terms of every token [T, V], and the final state."""
         length = terms.q.shape[0]
-        chunk = self.chunk or (32 if jax.default_backend() == "cpu" else 64)
+        chunk = self.chunk or (32 if platform() == "cpu" else 64)
         size = min(chunk, power_of_two_at_least(length))
         y, state = scan_chunks(state, *to_chunks((terms, reset, write), size))
         return from_chunks(y, length), state

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.axes import mesh_platform
 from memjax.cell import MemoryCell
 from memjax.nn.layers import Context, Dense, Norm, rotary
 from memjax.nn.mixer import Mixer
@@ -265,6 +266,7 @@ class SlidingWindow(MemoryCell):
             reset=reset,
             scale=self.scale,
             plain=False,
+            platform=mesh_platform(),
         )
         y = jnp.moveaxis(y.reshape(batch, alone, length, -1, self.value_dim), 1, 2)
         y = self._given(y.reshape(*q.shape[:-1], -1), line.seen)

@@ -82,7 +82,12 @@ class Data:
 
 
 def make(
-    config_data: Mapping[str, Any], *, batch: int, seed: int, share: Sequence[int] | None = None
+    config_data: Mapping[str, Any],
+    *,
+    batch: int,
+    seed: int,
+    share: Sequence[int] | None = None,
+    read: bool = True,
 ) -> Data:
     """The data that `config_data` describes.
 
@@ -96,6 +101,7 @@ def make(
       seed: of the training order (text) or of the training examples (tasks), 0 to 2**32 - 1.
       share: the rows of each batch, counted from 0, that one of several processes makes; all by
         default. Batches, their order and the fingerprint do not depend on it.
+      read: False for blank text of the same shapes and number of tokens, whatever files there are.
 
     Raises:
       ValueError: an unknown source or setting, a value of the wrong type or out of range, or files
@@ -107,7 +113,8 @@ def make(
     _check(isinstance(batch, numbers.Integral) and batch >= 1,
            f'batch={batch}', 'a positive number of rows', 'use 1 or more')  # fmt: skip
     order = {"seed": int(seed), "batch": int(batch), "pipeline": _VERSION}
-    build = {"text": _text, "tfds": _tfds}.get(name, functools.partial(_task, name))
+    texts = {"text": _text, "tfds": _tfds} if read else dict.fromkeys(("text", "tfds"), _blank)
+    build = texts.get(name, functools.partial(_task, name))
     return build(settings, int(batch), int(seed), share, order)
 
 
@@ -128,8 +135,18 @@ def _tfds(settings, batch, seed, share, order):
     return _documents(train, heldout, facts, settings, batch, seed, share, order)
 
 
-def _documents(train, heldout, facts, settings, batch, seed, share, order):
-    """Data of training texts (any sequence of bytes) and a held-out corpus."""
+def _blank(settings, batch, seed, share, order):
+    corpus = text.Corpus.of([("blank", b" ")])
+    pieces = (b" ",) * (settings["bpe"] or tokens.BYTES.vocab)
+    given = {**settings, "bpe": 0}
+    return _documents(
+        corpus.texts, corpus, {}, given, batch, seed, share, order, tokens.Tokeniser(pieces)
+    )
+
+
+def _documents(train, heldout, facts, settings, batch, seed, share, order, tokeniser=tokens.BYTES):
+    """Data of training texts (any sequence of bytes) and a held-out corpus. tokeniser: where
+    `bpe` asks for none to be trained."""
     length, workers, bpe = settings["length"], settings["workers"], settings["bpe"]
     _check(length >= 1, f"data.length={length}", "at least 1", "use 512")
     _check(
@@ -139,7 +156,7 @@ def _documents(train, heldout, facts, settings, batch, seed, share, order):
         "use 1 to keep the rows in order",
     )
     _check(workers >= 0, f"data.workers={workers}", "at least 0", "use 0 to pack in this process")
-    tokeniser, named = tokens.BYTES, "bytes"
+    named = "bytes"
     if bpe:
         tokeniser = tokens.train_bpe(tokens.sample(train, _SAMPLE), bpe)
         digest = hashlib.sha256(tokeniser.model.encode()).hexdigest()[:16]
