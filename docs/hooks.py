@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 TEXTS = ("*.md", "docs/*.md", "colabs/*.md", "pallas_kernels/*.md", "experiments/*/*.md")
 LINK = re.compile(r"\]\(([^)\s#]+)")
 INCLUDE = re.compile(r"<!-- include: ([^\s#]+)#?(\S*) -->")
-PICTURE = re.compile(r"!\[[^\]]*\]\(\w+\.png\)")
+PICTURE = re.compile(r"^!\[[^\]]*\]\(\w+\.png\)$", re.MULTILINE)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 COMMAND = 'if __name__ == "__main__":'
 
@@ -79,7 +79,7 @@ def pages() -> dict[str, str]:
 
 def page(path: Path) -> str:
     text = path.read_text(encoding="utf-8").replace(".ipynb)", ".md)")
-    if (path.parent / "sweep.py").exists() and not (path.parent / "results.jsonl").exists():
+    if not (path.parent / f"{path.parent.name}.png").exists():  # the picture of an experiment
         text = PICTURE.sub("*Not run yet.*", text)
     return INCLUDE.sub(lambda given: included(path.parent / given[1], given[2]), text)
 
