@@ -131,9 +131,14 @@ CLAIMS = (
 )  # fmt: skip
 
 
+def tried(rows):
+    """The claims of which both models have three seeds."""
+    return [claim for claim in CLAIMS if claim.verdict(rows) != "-"]
+
+
 def tables(rows):
     lines = []
-    for claim in CLAIMS:
+    for claim in tried(rows):
         figures = [results.spread(group, claim.figure) for group in claim.groups(rows)]
         lines.append([claim.text, *figures, claim.verdict(rows), f"`{claim.experiment}`"])
     return {"claims": (["claim", "the one", "the other", "here", "experiment"], lines)}
@@ -161,7 +166,7 @@ def draw(rows):
         ylim=(-0.02, 1.02), title="MQAR after 1000 steps, one layer, one head",
     )  # fmt: skip
     left.legend(fontsize=8)
-    shown = [c for c in CLAIMS if not c.less and c.verdict(rows) != "-"]
+    shown = [claim for claim in tried(rows) if not claim.less]
     for height, claim in enumerate(shown):
         better, worse = (results.mean(group, claim.figure) for group in claim.groups(rows))
         color = COLORS[claim.verdict(rows)]
