@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from memjax import hosts
 from memjax.config_text import difference, other_config, plain
 from memjax.errors import UserError
 
@@ -85,8 +86,9 @@ class Checkpoints:
         }
         if data_iterator is not None:
             items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
-        with self._writing():
+        with hosts.agreement(), self._writing():
             self._check_space(state)
+        with self._writing():
             return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(

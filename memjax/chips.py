@@ -34,6 +34,7 @@ CHIPS = (
     Chip("NVIDIA H100 PCIe", 756e12, 80 * GIB),
     Chip("NVIDIA H100 NVL", 835e12, 94 * GIB),
     Chip("NVIDIA H100", 989.4e12, 80 * GIB),
+    Chip("NVIDIA H200 NVL", 835e12, 141e9),
     Chip("NVIDIA H200", 989.4e12, 141e9),
 )
 

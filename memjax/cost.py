@@ -70,7 +70,8 @@ def model_flops(
     their recurrence, token by token. That is 6 for each parameter of a product (of an embedding:
     once, at the output), 12 for each channel of attention's queries and each token that it can see,
     a row's at most, masked ones too, and the products of a memory's write and read. What is
-    elementwise counts nothing, as rank-one writes and decays.
+    elementwise counts nothing, as rank-one writes and decays. Of mixture_of_memories all memories
+    count, not the active ones alone.
 
     params: the model's, or their shapes. queries: positions of a row whose logits are computed;
     None for all.

@@ -1,5 +1,6 @@
 """Locks of files and folders against other processes, released when their holder ends."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ def lock(file: TextIO, wait: bool) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError as err:
+        if err.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return True  # a file system without locks
     return True
 
 

@@ -186,8 +186,7 @@ def main(argv: Sequence[str]) -> int:
         raise config.UserError(f"{argv[1]!r} is no flag; flags begin with --")
     logging.set_verbosity(logging.ERROR)  # orbax tells a lot
     given = flags.FLAGS
-    if given.address:
-        jax.config.update("jax_platforms", "cpu")  # accelerators are for the runs
+    jax.config.update("jax_platforms", "cpu")  # accelerators are for the runs
     sweep = Sweep(given.sweep)
     sweeps = sweep.sweeps()
     if given.rehash:
@@ -212,7 +211,7 @@ def main(argv: Sequence[str]) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}; see their .log in {given.runs}", file=sys.stderr)
     for each in () if given.dry_run else sweeps:
-        if given.show or each.shown():
+        if each.shown() or given.show and each is sweep:
             each.show()
     return int(bool(failed))
 

@@ -137,6 +137,7 @@ def _train(settings, workdir, profile, stopped, held):
     def record(arrived):
         if arrived is None:
             return
+        clock.tick(per_step)  # the step has ended: the one behind it is in flight, if any
         at, values = arrived
         for name in ("loss", "grad_norm"):  # before the state of this step can be saved
             if not math.isfinite(values[name]):
@@ -185,13 +186,12 @@ def _train(settings, workdir, profile, stopped, held):
             with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, values = advance(state, run.put(batch))
             step += 1
-            clock.tick(per_step)
             switch(trace.ends(step))
             record(late.push(step, values))
             last = step == settings.steps or stopped()
             if last or due(step) or saver.due(step):
-                with clock.paused(wait_for=state):
-                    record(late.flush())
+                record(late.flush())
+                with clock.paused():
                     if due(step) and not last:
                         evaluate(step, settings.eval.batches)
                     log.flush()
@@ -260,11 +260,20 @@ def claim(workdir: str, settings: Any, held: ExitStack) -> None:
             held.enter_context(locks.alone(workdir))
             config.claim(workdir, settings, MAY_CHANGE)
     with hosts.agreement():
-        if not os.path.exists(os.path.join(workdir, "config.json")):
+        if not appears(os.path.join(workdir, "config.json")):
             raise config.UserError(
                 f"--workdir={workdir} is another folder than that of process 0; give one that all "
                 "hosts share"
             )
+
+
+def appears(path: str, seconds: int = 60) -> bool:
+    """Whether a file is seen, which another host has written just now."""
+    for _ in range(seconds):
+        if os.path.exists(path):
+            return True
+        time.sleep(1)
+    return False
 
 
 def parameters_of(folder: str, abstract_params: Any) -> Any:

@@ -182,7 +182,7 @@ class Sweep:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """While no other sweep of this file writes rows."""
-        with open(self.path, encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8") as file:  # NFS locks what may be written
             lock(file, wait=True)
             yield
 

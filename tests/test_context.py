@@ -55,6 +55,7 @@ def test_folds_of_three_spans(name):
     given, size = problem(case), TOKENS // 3
     for row, first in ((1, size), (2, 2 * size)):  # the others begin inside a span, or none does
         given.reset[row, first] = True
+    given.write[2, 2 * size :] = False  # a document of which nothing is written
     each = [
         given._replace(
             xs=contract.tokens(given.xs, span),

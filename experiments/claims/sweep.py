@@ -95,10 +95,10 @@ def chunks(cell, task, figure, long, less):
 
 
 CLAIMS = (
-    forgets("the delta rule overwrites, a sum does not (2102.11174)",
+    forgets("the delta rule overwrites a value, a sum does not (2102.11174)",
             "delta_net", "linear_attention"),
-    forgets("decay forgets too: above a sum", "simple_gla", "linear_attention"),
-    forgets("but less well than the delta rule", "delta_net", "simple_gla"),
+    forgets("a decay (Simple GLA) overwrites better than a sum", "simple_gla", "linear_attention"),
+    forgets("the delta rule overwrites better than that decay", "delta_net", "simple_gla"),
     formal("parity beyond the trained length needs steps up to 2 (2411.12537), DeltaNet", "parity",
            "from_128", "delta_net, beta <= 2", "delta_net, beta <= 1"),
     formal("the same, Gated DeltaNet", "parity",

@@ -183,8 +183,10 @@ class RWKV4(MemoryCell):
         return passing(w, reset, write), self.one_head(params, state, xs, reset, write)[1]
 
     def compose(self, later, earlier):
-        """Log decays added, sums faded and added."""
+        """Log decays added, sums faded and added; nothing of what is in front of a document, which
+        `fade` would leave with the exponent EMPTY."""
         (through, new), (before, old) = later, earlier
+        old = jax.tree.map(lambda a: jnp.where(through == -jnp.inf, 0.0, a), old)
         return through + before, add(fade(old, through), new)
 
 

@@ -61,12 +61,15 @@ class Cluster(Runner):
                 f"--hosts={hosts} with --resources={_words(resources)}: the cluster at {address} "
                 f"has no room for it; its nodes have {nodes}"
             )
-        super().__init__(sweep, jobs or room, root, retries, one_core=resources == {"CPU": 1})
+        one_core = resources == {"CPU": 1}
+        super().__init__(sweep, jobs or room, root, retries, one_core=one_core, alone=True)
 
     def attempt(self, job: process.Job) -> int:
         if self.hosts == 1:
             return self._alone(job)
         with self._gang() as placed:
+            if self.stopped.is_set():  # perhaps without room for it
+                return UNFINISHED
             where = [self._placed(placed, index) for index in range(self.hosts)]
             ask = self.ray.remote(process.free_address).options(**where[0] | {"num_cpus": 0})
             try:
@@ -108,7 +111,7 @@ class Cluster(Runner):
 
     def _ended(self, tasks: list[Any]) -> int:
         """The exit code of a run with these processes, all ended when this returns. A gang that
-        lost one is interrupted, whatever became of the others."""
+        lost one is interrupted, unless another one says what would end it again."""
         codes: list[int] = []
         waiting, end = tasks, math.inf
         while waiting and not self.stopped.is_set() and time.monotonic() < end:
@@ -122,8 +125,9 @@ class Cluster(Runner):
             self.ray.wait(waiting, num_returns=len(waiting), timeout=2 * process.SAVING)
         if self.stopped.is_set():
             return UNFINISHED
+        lasting = {DIVERGED, 2}.intersection(codes)
         lost = any(code < 0 or code == UNFINISHED for code in codes)
-        return UNFINISHED if lost and DIVERGED not in codes else max(codes)
+        return max(lasting) if lasting else UNFINISHED if lost else max(codes)
 
     def _code(self, task: Any) -> int:
         errors = self.ray.exceptions
@@ -153,7 +157,8 @@ class Cluster(Runner):
                     yield group
                     return
             finally:  # not ready: the slice may be lost, another one free
-                self.gangs[name] -= 1
+                with self.choice:
+                    self.gangs[name] -= 1
                 util.remove_placement_group(group)
 
     def _slice(self) -> str:

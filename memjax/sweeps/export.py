@@ -111,9 +111,10 @@ run: |
   export RAY_AUTH_MODE=disabled  # from outside SkyPilot's network admits ssh alone
   ~/sky_templates/ray/start_cluster  # SkyPilot's own script, which waits for all hosts
   if [ "$SKYPILOT_NODE_RANK" != 0 ]; then exit 0; fi
+  mkdir -p /outputs/{folder}
+  cp /outputs/{folder}/results.jsonl {folder}/ || true  # of a job that was stopped
   code=0
   {command} || code=$?
-  mkdir -p /outputs/{folder}
   cp {folder}/README.md {folder}/results.jsonl {folder}/*.png /outputs/{folder}/ || true
   exit $code
 """

@@ -33,11 +33,14 @@ class Runner(abc.ABC):
 
     jobs: runs at a time.  root: folder of the runs' workdirs.
     retries: times in a row that an interrupted run may come no further than before.
-    one_core: whether a run has one core.
+    one_core: whether a run has one core.  alone: whether nothing else takes of its memory.
     """
 
-    def __init__(self, sweep: Sweep, jobs: int, root: str, retries: int, one_core: bool):
+    def __init__(
+        self, sweep: Sweep, jobs: int, root: str, retries: int, *, one_core: bool, alone: bool
+    ):
         self.sweep, self.jobs, self.root, self.retries = sweep, jobs, root, retries
+        self.alone = alone
         self.environment = _environment(root, one_core)
         self.workdirs: dict[str, threading.Lock] = {}  # held while a run is made there
         self.stopped = threading.Event()
@@ -155,7 +158,8 @@ class Runner(abc.ABC):
         return found
 
     def job(self, command: Iterable[str], done: str, log: str) -> process.Job:
-        """A command of this sweep."""
+        """A command of this sweep, whose log has a folder."""
+        os.makedirs(os.path.dirname(log), exist_ok=True)
         return process.Job(tuple(command), done, log, self.environment, os.getcwd())
 
     def finish(self, job: process.Job, workdir: str, attempt: Callable[[process.Job], int]) -> None:
@@ -171,16 +175,31 @@ class Runner(abc.ABC):
             reached = step
             interrupted = code == UNFINISHED or code < 0
             if not interrupted or left < 0 or self.stopped.is_set():
-                raise Failed(_lasting(code, job.log, begin))
+                raise Failed(self._lasting(code, job.log, begin))
             where = f"continues from step {step}" if step else "begins again"
             self.note(f"{os.path.basename(workdir)}: interrupted (exit code {code}); {where}")
+
+    def _lasting(self, code: int, log: str, begin: int) -> str:
+        """Why a run, whose output stands in the log from byte `begin`, ended, where it would end so
+        again; otherwise ''."""
+        if not os.path.exists(log):
+            return ""
+        with open(log, "rb") as file:
+            file.seek(begin)
+            lines = file.read().decode(errors="replace").splitlines()
+        for line in reversed(lines):
+            if code == DIVERGED and line.startswith("error: "):
+                return line.removeprefix("error: ")
+            if code == 1 and self.alone and "RESOURCE_EXHAUSTED" in line:  # jax's word for memory
+                return line.strip()[:300]
+        return ""
 
 
 class Local(Runner):
     """Runs are processes of this machine, one core each if there are several at a time."""
 
     def __init__(self, sweep: Sweep, jobs: int, root: str, retries: int = 3):
-        super().__init__(sweep, jobs, root, retries, one_core=jobs > 1)
+        super().__init__(sweep, jobs, root, retries, one_core=jobs > 1, alone=jobs == 1)
 
     def attempt(self, job: process.Job) -> int:
         return process.execute(job, self.stopped, self.note)
@@ -205,20 +224,6 @@ def _last_checkpoint(workdir: str) -> int:
     folder = os.path.join(workdir, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return max((int(name) for name in names if name.isdigit()), default=0)
-
-
-def _lasting(code: int, log: str, begin: int) -> str:
-    """Why a run, whose output stands in the log from byte `begin`, ended, where it would end so
-    again; otherwise ''."""
-    with open(log, "rb") as file:
-        file.seek(begin)
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in reversed(lines):
-        if code == DIVERGED and line.startswith("error: "):
-            return line.removeprefix("error: ")
-        if code == 1 and "RESOURCE_EXHAUSTED" in line:  # what jax says of too little memory
-            return line.strip()[:300]
-    return ""
 
 
 def evaluation(workdir: str, path: str, arguments: Mapping[str, int]) -> list[str]:
