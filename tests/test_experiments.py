@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/sweep.py"))
 RUN = [name for name in NAMES if (FOLDER / name / f"{name}.png").exists()]
+UNRUN = "Not run yet"
 # What rows lack that were made before it was recorded.
 LACK = {"hybrid_recall": {"versions"}, "length": {"seconds"}}
 
@@ -56,6 +57,7 @@ def test_rows(name):
         sweep.trials = sweep.search.known(results.read(sweep.results), today=False)
     rows = sweep.rows()
     assert len(rows) == len(results.read(sweep.results)), "rows of no trial, or two of one"
+    assert UNRUN not in readme(name)
     again = f"python -m memjax.sweep --sweep=experiments/{name}/sweep.py"
     for trial in sweep.trials:
         if trial.name in rows:
@@ -84,8 +86,9 @@ def test_readme_and_picture(name):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(RUN)))
 def test_without_rows(name):
-    """What was not run yet has an empty place for each table, and takes having no rows."""
+    """What was not run yet says so, has an empty place for each table, and takes having no rows."""
     assert not (FOLDER / name / "results.jsonl").exists(), "rows without a picture"
+    assert UNRUN in readme(name)
     for table in of(name).tables():
         assert f"<!-- table: {table} -->\n<!-- /table -->" in readme(name)
 
