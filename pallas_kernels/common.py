@@ -37,7 +37,7 @@ def target(platform: str | None):
     platform = "gpu" if platform == "cuda" else platform
     if generation and (platform != "tpu" or generation not in GENERATIONS):
         raise ValueError(f"generations of tpu: {', '.join(GENERATIONS)}; given {generation!r}")
-    if _interpreted and platform in ("", _interpreted[-1][1]):
+    if _interpreted and platform in ("", _interpreted[-1][1], jax.default_backend()):
         return *_interpreted[-1], generation
     return False, platform or jax.default_backend(), generation
 
