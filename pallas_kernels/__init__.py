@@ -1,6 +1,6 @@
 """Kernels for recurrent memories, with a reference beside each. Needs jax alone.
 
-    from pallas_kernels import chunk_delta, chunk_linear, window_attention
+    from pallas_kernels import chunk_delta, chunk_dplr, chunk_linear, window_attention
     o, state = chunk_linear(q, k, v, g=log_decay)
 
 An op raises NotImplementedError with the reason where no kernel serves; window_attention has a
@@ -8,8 +8,9 @@ plain form for platforms without one. See README.md.
 """
 
 from pallas_kernels.chunk_delta.api import chunk_delta
+from pallas_kernels.chunk_dplr.api import chunk_dplr
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.common import interpreted
 from pallas_kernels.window_attention.api import window_attention
 
-__all__ = ["chunk_delta", "chunk_linear", "interpreted", "window_attention"]
+__all__ = ["chunk_delta", "chunk_dplr", "chunk_linear", "interpreted", "window_attention"]

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta.api import chunk_delta
+from pallas_kernels.chunk_dplr import reference as dplr
+from pallas_kernels.chunk_dplr.api import chunk_dplr
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.window_attention import reference as window
@@ -34,12 +36,13 @@ OPS = {
     ("chunk_delta", "none"): (chunk_delta, delta.chunked),
     ("chunk_delta", "head"): (chunk_delta, delta.chunked),
     ("chunk_delta", "channel"): (chunk_delta, partial(delta.chunked, chunk=16)),
+    ("chunk_dplr", "channel"): (chunk_dplr, dplr.chunked),
     ("window_attention", "none"): (windowed(window_attention), windowed(window.blocked)),
 }
 
 
 # Those that have kernels of ours for GPUs.
-ON_GPU = {case: runs for case, runs in OPS.items() if case[0] != "window_attention"}
+ON_GPU = {case: runs for case, runs in OPS.items() if case[0] in ("chunk_linear", "chunk_delta")}
 
 
 def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
@@ -47,6 +50,7 @@ def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
     given |= {"beta": rate} if op == "chunk_delta" else {}
+    given |= dict.fromkeys("ab", given["k"]) if op == "chunk_dplr" else {}
     logs = jax.ShapeDtypeStruct(shape, jnp.float32)
     return given | {"none": {}, "head": {"g": rate}, "channel": {"g": logs}}[decay]
 
