@@ -199,9 +199,9 @@ plt.show()
 
 # %% [markdown]
 # Below an op: its decay (none, one a head, one a channel). `chunk_linear` is linear attention and
-# its gated forms, `chunk_delta` the delta rules (with a decay a channel: KDA). `chunk_linear` is
-# near the bound of memory; `chunk_delta` also waits for the inverse, whose products depend on one
-# another. Missing bars: a plain form that no one would train.
+# its gated forms, `chunk_delta` the delta rules (with a decay a channel: KDA), `chunk_dplr` the
+# memory of RWKV-7. `chunk_linear` is near the bound of memory; the others also wait for the
+# inverse, whose products depend on one another. Missing bars: a plain form that no one would train.
 #
 # `pallas_kernels/README.md` has the table, how a kernel is written, and what did not pay. Next:
 # `06_capacity_laws`.

@@ -2,8 +2,9 @@
 
 Among the tokens of a block, NEAR or more where decays are known to be slow, D is e^{U_i} times
 e^{-U_j}, U the sum of the log decays from their middle to a token, negative in front of it: one
-product for all pairs. Log decays below -18 (-144 / tokens) are it there, so that both factors, of at
-most e^72, and the parts of their products stay in float32's range.
+product for all pairs. Log decays below -144 / tokens, which is -18 or promised not to occur, are
+that there, so that both factors, of at most e^72, and the parts of their products stay in float32's
+range.
 
 Of two neighbouring blocks of `half` tokens, second rows and first columns are joined by the decays
 from the first one's tokens to its end and from the second one's start to its tokens; blocks double

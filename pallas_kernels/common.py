@@ -146,17 +146,20 @@ def call(
     size_of,
     beta=None,
     channels: bool = False,
+    platforms: tuple[str, ...] = ("tpu", "gpu"),
 ) -> Call:
     """What an op hands to its kernel; NotImplementedError when that does not serve.
 
     keys: by name q, k and what has their shape. Heads that share them read them where they lie on
-    GPUs; for TPUs they are repeated. channels: there is a decay for each channel.
+    GPUs; for TPUs they are repeated. channels: there is a decay for each channel. platforms: those
+    with a kernel.
     """
     check_shapes(name, keys, v, beta, g, initial_state, reset, channels)
     interpret, platform, generation = target(platform)
-    if platform not in ("tpu", "gpu"):
+    if platform not in platforms:
         raise NotImplementedError(
-            f"{name} has kernels for tpu and gpu, none for {platform}; use a plain form"
+            f"{name} has kernels for {' and '.join(platforms)}, none for {platform}; use a plain "
+            "form"
         )
     check_served(name, keys, v)
     limit, q = None, keys["q"]

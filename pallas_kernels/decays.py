@@ -165,7 +165,8 @@ class Decay:
         """x.D.y for each x [C, K], those of each y [C, K] side by side, as all that waits for
         products a generator for `products.in_step`; with one decay for all channels there is one
         y. split: of the factors, where they are not exact."""
-        products = dot(jnp.concatenate(xs), *ys, 1, 1)
+        (y,) = ys
+        products = dot(jnp.concatenate(xs), y, 1, 1)
         yield
         return [self._lower(x) for x in jnp.split(products, len(xs))]
 

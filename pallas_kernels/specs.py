@@ -46,8 +46,8 @@ class Spec:
         return self.name
 
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray | None]:
-        """q, k, v, beta, a and b if there are, g, reset and initial_state as numpy arrays; q, k, v, a
-        and b are float32 that `dtype` holds exactly."""
+        """q, k, v, beta, a and b if there are, g, reset and initial_state as numpy arrays; q, k, v,
+        a and b are float32 that `dtype` holds exactly."""
         rng = np.random.default_rng(seed)
         heads = self.key_heads or self.H
         q, k = (rng.standard_normal((self.B, self.T, heads, self.K)) for _ in range(2))

@@ -54,7 +54,7 @@ def chunk_dplr(
 
     Raises:
       NotImplementedError: no kernel serves this platform, dtype, shape or chunk.
-      ValueError: shapes that do not fit together.
+      ValueError: shapes that do not fit together, or lowest above 0.
     """
     size_of = functools.partial(
         common.vmem,
@@ -63,12 +63,14 @@ def chunk_dplr(
         like=v,
         states=28,
         pairs=41 if v.dtype == jnp.float32 else 16,
-        logs=34,
+        logs=44 if v.dtype == jnp.float32 else 34,
         keys=4,
     )
+    if lowest is not None and lowest > 0:
+        raise ValueError(f"{NAME}: lowest must be at most 0, as log decays are; given {lowest}")
     keys = {"q": q, "k": k, "a": a, "b": b}
     given = (keys, v, g, initial_state, reset, scale, chunk, platform)
-    call = common.call(NAME, *given, size_of=size_of, channels=True)
+    call = common.call(NAME, *given, size_of=size_of, channels=True, platforms=("tpu",))
     *tokens, reset, initial = call.arrays
     if reset is not None:  # there is nothing for a to read
         tokens[2] = jnp.where(reset[..., None, None], 0, tokens[2])

@@ -39,9 +39,9 @@ def earlier(x, first: float = 0.0):
 
 
 def kernel(*refs, decaying, keep, scale, lowest):
-    """q, k, a, b [C, h, K]; v, o [C, h, V]; `decaying` arrays of decays.py; initial, final and, with
-    keep, bounds [h, K, V] and inverses [h, C, C]. The block of the final state carries S along the
-    walk."""
+    """q, k, a, b [C, h, K]; v, o [C, h, V]; `decaying` arrays of decays.py; initial, final and,
+    with keep, bounds [h, K, V] and inverses [h, C, C]. The block of the final state carries S along
+    the walk. lowest: of `channel_decays.of_heads`."""
     tokens, others = refs[:5], refs[5:]
     initial_ref, o_ref, state_ref, *kept = others[decaying:]
 
@@ -89,7 +89,8 @@ def forward(
     """(o, final state[, states in front of the chunks [B, N, H, K, V], inverses [B, N, H, C, C],
     both float32]).
 
-    T must be a multiple of chunk and H of heads. decaying: `decays.arrays`.
+    T must be a multiple of chunk and H of heads. decaying: `decays.arrays`. lowest: what no log
+    decay is below, or None.
     """
     batch, length, count, width = q.shape
     size = v.shape[-1]

@@ -132,18 +132,19 @@ def forgets_the_middle(decay):
     return dataclasses.replace(decay, near=(up, jnp.ones_like(down)))
 
 
-OF_HEADS = [("resets", sees_later), ("resets", keeps_all)]
-OF_CHANNELS = [("channel", mistake) for mistake in (keeps_all, forgets_a_level, forgets_the_middle)]
+MISTAKES = {
+    ("resets", sees_later): MODULES[:4],
+    ("resets", keeps_all): MODULES[:4],
+    ("channel", keeps_all): MODULES,
+    ("channel", forgets_a_level): MODULES[:4],
+    ("channel", forgets_the_middle): MODULES[:4],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "module, name, mistake",
-    [
-        (module, *mistake)
-        for module in MODULES
-        for mistake in (*(OF_HEADS if "dplr" not in module.__name__ else ()), *OF_CHANNELS)
-    ],
+    [(module, *mistake) for mistake, modules in MISTAKES.items() for module in modules],
 )
 def test_the_check_finds_a_planted_mistake(module, name, mistake, monkeypatch):
     def mistaken(*given, **more):
@@ -161,7 +162,43 @@ def test_the_check_finds_a_planted_mistake(module, name, mistake, monkeypatch):
 def test_the_check_finds_what_reads_a_token_late(module, name, monkeypatch):
     monkeypatch.setattr(module, name, lambda x, first=0.0: x)
     with pytest.raises(AssertionError, match="off, at most"):
-        check(CASES["chunk_dplr-channel"])
+        check(CASES["chunk_dplr-ragged"])
+
+
+SLOW = dict(decay="channel", gate=0.2, removal=(0, 1), T=64, H=1, chunk=32, resets=(0, 7, 33))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slow_decays(dtype):
+    """With `lowest` all pairs of a chunk are one product, those of documents apart."""
+    spec, lowest = Spec(name="slow", dtype=dtype, **SLOW), -1.1
+    assert spec.inputs()["g"].min() > lowest
+    op = partial(chunk_dplr, chunk=spec.chunk, lowest=lowest)
+    with interpreted():
+        kernel_checks.check(op, dplr.sequential, partial(dplr.chunked, chunk=32), spec)
+
+
+def test_slow_decays_take_fewer_products():
+    def flops(**more):
+        op = ops.function(chunk_dplr, "both", platform="tpu", **more)
+        given = arrays("chunk_dplr")
+        return ops.work(op, given, given["v"])[0]
+
+    assert flops(lowest=-20) == flops() > 1.2 * flops(lowest=-0.61)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(lowest=0.5), ValueError, "lowest must be at most 0, as log decays are; given 0.5"),
+        (dict(platform="gpu"), NotImplementedError, "has kernels for tpu, none for gpu; use"),
+    ],
+)
+def test_what_chunk_dplr_alone_refuses(options, error, message):
+    given = {"platform": "tpu"} | options
+    with pytest.raises(error, match=f"chunk_dplr:? {message}"):
+        jax.eval_shape(lambda arrays: chunk_dplr(**arrays, **given), arrays("chunk_dplr"))
 
 
 # ---------------------------------------------------------------- refusals
@@ -258,7 +295,7 @@ def test_vmap_is_a_loop(op, shared):
     more: dict = {
         "chunk_linear": {},
         "chunk_delta": {"beta": (0, 1)},
-        "chunk_dplr": {"removal": (0, 1), "decay": "channel"},
+        "chunk_dplr": {"removal": (0, 1), "decay": "channel", "H": 1},
     }[op]
     spec = Spec(name="", B=2, T=37, resets=(3, 20), **more)
     one, two = (spec.inputs(seed) for seed in (0, 1))
