@@ -28,8 +28,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "forgetting_mqar": {"updates": 8, "vocab": 1024},
     "compositional_mqar": {"vocab": 1024},
     "joint_recall": {
-        "length": 112, "min_contexts": 5, "max_contexts": 5, "min_keys": 5, "max_keys": 5,
-        "num_values": 8,
+        "length": 44, "min_contexts": 3, "max_contexts": 3, "min_keys": 3, "max_keys": 3,
+        "num_values": 16,
     },
     "associative_recall": {"num_keys": 512},
     "treecall": {"length": 64},

@@ -137,7 +137,7 @@ CLAIMS = (
     chunks("titans", "tiny_text", "bits_per_byte", 64, True),
     chunks("omega_net", "tiny_text", "bits_per_byte", 64, True),
     Claim("joint recall: attention binds context and key, Mamba-2 does not (2507.00449)",
-          "joint_recall", "query_accuracy", {"lr": 1e-2},
+          "joint_recall", "query_accuracy", {"lr": 5e-3},
           {"cell": "attention"}, {"cell": "mamba2"}),
 )  # fmt: skip
 
