@@ -1,0 +1,154 @@
+"""The cases of deep_memory."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.specs import held
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Shapes and hard inputs of one case.
+
+    frozen: written tokens of a frozen chunk. context: c. momentum, loss: of the op. gate: what the
+    log decays of softplus size are multiplied by. strong: a further factor of one in twenty. keys:
+    "random", "equal" or "cosine" (.9 with each other), of unit norm. resets: tokens of the first
+    row where a document begins. writes: the share of tokens that are written, of each head. state:
+    whether one is carried in, at any place of a frozen chunk. rate: steps are at most this much of
+    1 / (c frozen), with momentum at its least of half of (1 - e^m) of it, where one constant key is
+    stable. tags: as of `pallas_kernels.specs.Spec`.
+    """
+
+    name: str
+    B: int = 1
+    T: int
+    H: int = 2
+    K: int = 64
+    V: int = 64
+    chunk: int | None = None
+    dtype: str = "float32"
+    frozen: int = 8
+    context: int = 1
+    momentum: bool = True
+    loss: str = "l2"
+    gate: float = 1.0
+    strong: float = 1.0
+    keys: str = "random"
+    resets: tuple[int, ...] = ()
+    writes: float | None = None
+    state: bool = True
+    rate: float = 1.0
+    tags: tuple[str, ...] = ()
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op and its reference take besides arrays."""
+        return {"frozen_chunk": self.frozen, "loss": self.loss}
+
+    def inputs(self, seed: int = 0) -> dict[str, Any]:
+        """The arguments by name as numpy arrays, the state as a dict; q, k and v are float32 that
+        `dtype` holds exactly."""
+        rng = np.random.default_rng(seed)
+        heads = (self.B, self.T, self.H)
+        q, k = (rng.standard_normal((*heads, self.K)) for _ in range(2))
+        if self.keys == "equal":
+            k = np.broadcast_to(k[:, :1], k.shape)
+        elif self.keys == "cosine":
+            common = rng.standard_normal((self.B, 1, self.H, self.K))
+            k = np.sqrt(0.9) * common + np.sqrt(0.1) * k
+        q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        v = rng.standard_normal((*heads, self.V))
+
+        def logs(middle):
+            log = -np.logaddexp(0, rng.standard_normal(heads) + middle)
+            strong = np.where(rng.random(heads) < 0.05, self.strong, 1)
+            return (self.gate * log * strong).astype(np.float32)
+
+        g, m = logs(-3.0), logs(-1.0) if self.momentum else None
+        most = self.rate / (self.context * self.frozen)
+        if m is not None:  # their mean, for gates near 1 too
+            most *= min(1.0, float(np.mean(-np.expm1(m))) + 0.1) / 2
+        rates = most * rng.random((*heads, self.context))
+        reset = write = None
+        if self.resets:
+            reset = np.zeros((self.B, self.T), bool)
+            reset[0, list(self.resets)] = True
+        if self.writes is not None:
+            write = rng.random(heads) < self.writes
+        arrays = {n: held(a, self.dtype) for n, a in {"q": q, "k": k, "v": v}.items()}
+        start = (0.5 * rng.standard_normal((self.H, self.K, self.V))).astype(np.float32)
+        arrays |= {"g": g, "m": m, "rates": rates.astype(np.float32), "start": start}
+        return arrays | {"state": self._state(rng), "reset": reset, "write": write}
+
+    def _state(self, rng) -> dict[str, Any] | None:
+        """Of `reference.State`, by name; pairs are held by `dtype`, as they were when they came."""
+        if not self.state:
+            return None
+        heads, older = (self.B, self.H), self.context - 1
+
+        def matrix(*axes):
+            return rng.standard_normal((*heads, *axes)).astype(np.float32)
+
+        found: dict[str, Any] = {
+            "weights": matrix(self.K, self.V),
+            "momentum": 0.1 * matrix(self.K, self.V) if self.momentum else None,
+            "base": matrix(self.K, self.V),
+            "place": rng.integers(0, self.frozen, heads).astype(np.int32),
+        }
+        pairs: dict[str, Any] = dict.fromkeys(("k", "v", "number"))
+        if older:
+            number = rng.integers(0, older + 1, heads).astype(np.int32)
+            there = np.arange(older)[:, None] >= older - number[..., None, None]
+            k, v = matrix(older, self.K) / self.K**0.5, matrix(older, self.V)
+            pairs = {"k": held(k, self.dtype) * there, "v": held(v, self.dtype) * there}
+            pairs["number"] = number
+        return found | pairs
+
+
+HALF: dict[str, Any] = {"T": 96, "chunk": 32, "dtype": "bfloat16"}
+RESETS: dict[str, Any] = {"T": 53, "B": 2, "resets": (0, 7, 16, 20, 52)}
+OMEGA: dict[str, Any] = {"momentum": False, "context": 3}
+SPECS = (
+    Spec(name="one_chunk", T=32, chunk=32, tags=("race",)),
+    Spec(name="initial", T=48, chunk=16, state=False, tags=("fast",)),
+    Spec(name="ragged", B=2, T=41, H=1, chunk=16, frozen=5, tags=("race",)),
+    Spec(name="one_token", B=2, T=1),
+    Spec(name="a_token_more", T=17, chunk=16),
+    Spec(name="chunk_chosen", T=150, H=1, frozen=16),
+    Spec(name="every_token", T=40, chunk=16, frozen=1),
+    Spec(name="long_frozen", T=70, chunk=16, frozen=40),
+    Spec(name="resets", **RESETS, chunk=16, tags=("fast", "race")),
+    Spec(name="resets_and_writes", **RESETS, chunk=16, writes=0.7),
+    Spec(name="all_resets", T=20, chunk=16, resets=tuple(range(20))),
+    Spec(name="few_writes", T=70, chunk=16, frozen=3, writes=0.1, resets=(30,)),
+    Spec(name="gate_exactly_1", T=48, chunk=16, gate=0.0),
+    Spec(name="gate_extreme", T=64, chunk=32, gate=60.0, resets=(9,)),
+    Spec(name="gate_mixed", T=128, chunk=64, gate=0.1, strong=1e4),
+    Spec(name="equal_keys", T=96, chunk=32, keys="equal"),
+    Spec(name="alike_keys", T=96, chunk=32, keys="cosine", gate=0.1),
+    Spec(name="twelve_heads", T=20, H=12, chunk=16),
+    Spec(name="wide", T=40, K=256, V=128, chunk=16),
+    Spec(name="dot", T=48, chunk=16, loss="dot", resets=(20,)),
+    Spec(name="no_momentum", T=48, chunk=16, momentum=False, resets=(20,)),
+    Spec(name="omega", T=60, chunk=32, **OMEGA, resets=(20,), tags=("fast", "race")),
+    Spec(name="omega_initial", T=60, chunk=32, **OMEGA, state=False),
+    Spec(name="omega_writes", B=2, T=70, chunk=32, **OMEGA, writes=0.6, resets=(3, 30)),
+    Spec(name="omega_longer", T=60, chunk=32, momentum=False, context=7, frozen=4, writes=0.9),
+    Spec(name="omega_all_resets", T=20, chunk=16, **OMEGA, resets=tuple(range(20))),
+    Spec(name="atlas", T=60, chunk=32, context=4, writes=0.8, resets=(20, 50), tags=("race",)),
+    Spec(name="atlas_dot", T=60, chunk=32, context=4, loss="dot", writes=0.8),
+    Spec(name="bf16", **HALF, resets=(40,), tags=("fast", "race")),
+    Spec(name="bf16_initial", **HALF, state=False, frozen=16),
+    Spec(name="bf16_gate_1", **HALF, gate=0.0),
+    Spec(name="bf16_extreme", **HALF, gate=60.0),
+    Spec(name="bf16_equal_keys", **HALF, keys="equal", gate=0.1, rate=2.0),
+    Spec(name="bf16_alike_keys", **HALF, keys="cosine", gate=0.1, rate=2.0),
+    Spec(name="bf16_omega", **HALF, **OMEGA, writes=0.8, resets=(40,)),
+    Spec(name="bf16_atlas", **HALF, context=4),
+    Spec(name="bf16_full", T=256, chunk=128, H=1, K=128, V=128, dtype="bfloat16", frozen=16),
+)
