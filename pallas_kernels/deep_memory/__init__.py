@@ -1,1 +1,1 @@
-"""A matrix that learns by gradient steps with momentum, its gradients frozen for chunks of tokens."""
+"""A matrix trained by gradient steps: reference.py defines it, api.py is what others call."""

@@ -27,8 +27,8 @@ def deep_memory(
     ATLAS without Newton-Schulz (2505.23735, Eq. 9-16). `reference` has the definition.
 
     Args:
-      q, k: [B, T, H, K], K 64, 128 or 256. v: [B, T, H, V], V 64, 128 or 256. All three float32 or
-        all bfloat16.
+      q, k: [B, T, H, K]. v: [B, T, H, V]. K and V at most 256, with zeros behind them up to 64, 128
+        or 256. All three float32 or all bfloat16.
       g, m: log decays <= 0 of the weights and of the momentum, [B, T, H], taken as float32; m None
         without momentum.
       rates: steps >= 0, [B, T, H, c], for the last c pairs, a token's own first. Steps have to be
@@ -54,6 +54,8 @@ def deep_memory(
       ValueError: shapes that do not fit together, or another loss.
     """
     batch, length, heads = _check(q, k, v, g, rates, start, m, frozen_chunk, loss, reset, write)
+    axes = q.shape[-1], v.shape[-1]
+    q, k, v, start, state = _served_heads(q, k, v, start, state)
     interpret, platform, generation = common.target(platform)
     if platform != "tpu":
         raise NotImplementedError(
@@ -82,11 +84,9 @@ def deep_memory(
     everywhere = lambda a: jnp.broadcast_to(a, (batch, heads))  # noqa: E731
     place = everywhere(rows.place)
     momentum = found[1] if rule.momentum else None
-    if pairs[0] is not None:
-        pairs = *pairs, everywhere(rows.number)
-    else:
-        pairs = None, None, None
-    return checkpoint_name((o, State(found[0], momentum, found[-1], place, *pairs)), "memory_out")
+    number = None if rows.number is None else everywhere(rows.number)
+    new = State(found[0], momentum, found[-1], place, *pairs, number)
+    return checkpoint_name((o[..., : axes[1]], _of_heads(new, _cut, *axes)), "memory_out")
 
 
 def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, reset, write):
@@ -147,6 +147,43 @@ def _plan(q, v, rule, chunk, frozen_chunk, generation: str, interpret) -> common
             f"{frozen_chunk}"
         ) from None
     return common.Static(1.0, *block, interpret, limit)
+
+
+# ---------------------------------------------------------------- heads of other sizes
+
+
+def _wider(a, *axes: int):
+    """a with zeros behind its last axes, up to these sizes."""
+    front = [(0, 0)] * (a.ndim - len(axes))
+    more = zip(axes, a.shape[-len(axes) :], strict=True)
+    return jnp.pad(a, [*front, *((0, size - has) for size, has in more)])
+
+
+def _cut(a, *axes: int):
+    """The first numbers of its last axes."""
+    return a[(..., *map(slice, axes))]
+
+
+def _of_heads(state: State, fit, width: int, size: int) -> State:
+    """A state whose heads fit(array, sizes of its last axes) makes K x V."""
+    matrices = (
+        None if a is None else fit(a, width, size)
+        for a in (state.weights, state.momentum, state.base)
+    )
+    k, v = (None if a is None else fit(a, n) for a, n in ((state.k, width), (state.v, size)))
+    return State(*matrices, state.place, k, v, state.number)
+
+
+def _served_heads(q, k, v, start, state):
+    """The same with K and V among `common.WIDTHS`, where they are not larger: zeros behind keys and
+    values change nothing."""
+    width, size = (
+        next((w for w in common.WIDTHS if n <= w), n) for n in (q.shape[-1], v.shape[-1])
+    )
+    if (width, size) == (q.shape[-1], v.shape[-1]):
+        return q, k, v, start, state
+    state = None if state is None else _of_heads(state, _wider, width, size)
+    return _wider(q, width), _wider(k, width), _wider(v, size), _wider(start, width, size), state
 
 
 # ---------------------------------------------------------------- rows
@@ -233,9 +270,7 @@ def _options(static):
 def _forward(how, q, k, v, g, m, rates, integers, fresh, states, keep):
     static, rule = how
     columns = _columns(static, rule, g, m, rates, integers)
-    return tpu.forward(
-        q, k, v, columns, fresh, states, rule=rule, keep=keep, **_options(static)
-    )
+    return tpu.forward(q, k, v, columns, fresh, states, rule=rule, keep=keep, **_options(static))
 
 
 def _op_forward(how, *given):
@@ -250,8 +285,8 @@ def _op_backward(how, saved, cotangents):
     dq, dk, dv, dcolumns, dstates, dfresh = tpu_vjp.backward(
         q, k, v, columns, fresh, kept, *cotangents, rule=rule, **_options(static)
     )
-    found = [common.by_token(a) for a in jnp.split(dcolumns, dcolumns.shape[-1] // static.heads, -1)]
-    dg, *others = found
+    columns = jnp.split(dcolumns, dcolumns.shape[-1] // static.heads, axis=-1)
+    dg, *others = map(common.by_token, columns)
     dm = jnp.where(m < LOWEST, 0, others.pop(0)) if rule.momentum else None
     dfresh = None if dfresh is None else jnp.sum(dfresh, axis=0)
     drates = jnp.stack(others, axis=-1)

@@ -6,9 +6,10 @@
     e_i = 2 (W_b^T k_i - v_i) for the loss ||W^T k - v||^2, -v_i for the loss -<W^T k, v> ("dot")
 
 W_b: the weights in front of the first token of the frozen chunk that t lies in. Frozen chunks have
-`frozen_chunk` written tokens and are counted from a document's start, which begins with W = `start`,
-Z = 0 and no pairs. A token that is not written reads alone. Titans (Behrouz et al. 2024, arXiv
-2501.00663, Eq. 9-16) has c = 1; OmegaNet, and ATLAS without Newton-Schulz (2505.23735, Eq. 9-16).
+`frozen_chunk` written tokens and are counted from the start of a document, which begins with W =
+`start`, Z = 0 and no pairs. A token that is not written reads alone. Titans (Behrouz et al. 2024,
+arXiv 2501.00663, Eq. 9-16) has c = 1; OmegaNet, and ATLAS without Newton-Schulz, (2505.23735, Eq.
+9-16) more.
 
 q, k: [B, T, H, K]. v: [B, T, H, V]. g, m: log decays <= 0 [B, T, H]; m None without momentum.
 rates: [B, T, H, c], of a token's own pair first. start: [H, K, V]. reset: bool [B, T], write: bool

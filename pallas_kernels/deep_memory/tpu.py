@@ -119,18 +119,18 @@ def kernel(*refs, rule, keep):
         found = yield from factors(of, rule.context, dtype)
         asked = mixed(found.coefficients, read(q, sources, dtype))
         yield
-        errors = -v.astype(jnp.float32)
+        errors, solve = -v.astype(jnp.float32), []
         if rule.loss == "l2":
             inverse = yield from unit_lower_inverse(2 * found.paths_of_bases * alike, dtype)
+            solve = [inverse]
             known = mixed(found.of_bases, read(k, sources, dtype))
             known = known + found.carried * read(k, [base], dtype)[0]
             yield
             wanted = (2 * (known - v)).astype(dtype)
             errors = dot_in_parts(split(inverse), (wanted,), 1, 0)
             yield
-        if keep:
-            for ref, array in zip(kept, (*states, *([inverse] if kept[count:] else [])), strict=True):
-                ref[head] = array
+        for ref, array in zip(kept, [*states, *solve], strict=bool(kept)):
+            ref[head] = array
         answer = asked - dot_in_parts(split(found.paths * scores), split(errors), 1, 0)
         yield
         ending = learnt_at_the_end(found, rule)
@@ -169,9 +169,7 @@ def forward(q, k, v, columns, fresh, states, *, rule, chunk, heads, keep, interp
     blocks = Blocks(chunk, heads, chunks)
     shape = jax.ShapeDtypeStruct
     axes = [(width, size)] * rule.states + [(chunk, chunk)] * (rule.loss == "l2")
-    kept = [
-        (blocks.bounds(*two), shape((batch, chunks, count, *two), jnp.float32)) for two in axes
-    ]
+    kept = [(blocks.bounds(*two), shape((batch, chunks, count, *two), jnp.float32)) for two in axes]
     state, given = blocks.state(width, size), [fresh] * rule.fresh
     o, *found = pl.pallas_call(
         partial(kernel, rule=rule, keep=keep),

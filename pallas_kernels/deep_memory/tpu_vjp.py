@@ -40,7 +40,7 @@ from pallas_kernels.deep_memory.tpu import (
     read,
     scores_of,
 )
-from pallas_kernels.products import dot, dot_in_parts, in_step, parts, places, turned
+from pallas_kernels.products import dot_in_parts, in_step, parts, places, turned
 
 
 def total(x):
