@@ -43,9 +43,12 @@ def main():
     found = {
         **made,
         "costs": merged(rows, "costs", NAMED, costs(False, only)),
-        "plain": {**made, "costs": list(costs(True))} if given.plain else kept.get("plain"),
+        "plain": kept.get("plain"),
         "memory": merged(rows, "memory", CASE, memory(only)),
     }
+    if given.plain:
+        before = (kept.get("plain") or {}) if given.only else {}
+        found["plain"] = {**made, "costs": merged(before, "costs", NAMED, costs(True, only))}
     COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_tables(found)
 

@@ -13,10 +13,13 @@ from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta.api import chunk_delta
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear.api import chunk_linear
+from pallas_kernels.deep_memory import reference as deep
+from pallas_kernels.deep_memory.api import deep_memory
 from pallas_kernels.window_attention import reference as window
 from pallas_kernels.window_attention.api import window_attention
 
 WINDOW = 512
+FROZEN = 16  # tokens of a frozen chunk
 # Of one core, in a cycle: floating-point operations of bfloat16 products, bytes of HBM.
 PEAKS = {"v5e": (131072, 546), "v6e": (524288, 937)}
 
@@ -34,12 +37,16 @@ OPS = {
     ("chunk_delta", "none"): (chunk_delta, delta.chunked),
     ("chunk_delta", "head"): (chunk_delta, delta.chunked),
     ("chunk_delta", "channel"): (chunk_delta, partial(delta.chunked, chunk=16)),
+    ("deep_memory", "momentum"): (
+        partial(deep_memory, frozen_chunk=FROZEN),
+        partial(deep.chunked, frozen_chunk=FROZEN),
+    ),
     ("window_attention", "none"): (windowed(window_attention), windowed(window.blocked)),
 }
 
 
 # Those that have kernels of ours for GPUs.
-ON_GPU = {case: runs for case, runs in OPS.items() if case[0] != "window_attention"}
+ON_GPU = {case: runs for case, runs in OPS.items() if case[0].startswith("chunk_")}
 
 
 def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
@@ -47,6 +54,10 @@ def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
     given |= {"beta": rate} if op == "chunk_delta" else {}
+    if op == "deep_memory":
+        steps = jax.ShapeDtypeStruct((*shape[:3], 1), jnp.float32)
+        start = jax.ShapeDtypeStruct((*shape[2:], shape[3]), jnp.float32)
+        return given | {"g": rate, "m": rate, "rates": steps, "start": start}
     logs = jax.ShapeDtypeStruct(shape, jnp.float32)
     return given | {"none": {}, "head": {"g": rate}, "channel": {"g": logs}}[decay]
 

@@ -248,7 +248,8 @@ class GradientMemory(MemoryCell):
 
     def pallas(self, params, state, xs, reset, write):
         """`pallas_kernels.deep_memory`, for a matrix without a transform of its momentum."""
-        from pallas_kernels.deep_memory.api import State, deep_memory
+        from pallas_kernels import deep_memory
+        from pallas_kernels.deep_memory.reference import State
 
         if self.depth > 1 or self.transform is not None:
             raise NotImplementedError(

@@ -63,8 +63,11 @@ def deep_memory(
         )
     common.check_served(NAME, q, k, v)
     context = rates.shape[-1]
-    rule = tpu.Rule(m is not None, context, reset is not None, loss)
+    rule = tpu.Rule(m is not None, context, reset is not None, loss, 1)
     static = _plan(q, v, rule, chunk, frozen_chunk, generation, interpret)
+    if state is None and reset is None and write is None and context == 1:
+        evenly = frozen_chunk & -frozen_chunk  # the largest power of two that divides it
+        rule = rule._replace(apart=min(evenly, static.chunk // 2))
     narrow = state is None and (write is None or write.ndim == 2)
     write = write[..., None] if write is not None and write.ndim == 2 else write
     if state is None:
@@ -119,24 +122,18 @@ def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, reset, write):
 
 def _plan(q, v, rule, chunk, frozen_chunk, generation: str, interpret) -> common.Static:
     """The block of a TPU; NotImplementedError where none serves."""
-    wide = v.dtype == jnp.float32
-    size_of = functools.partial(
-        common.vmem,
-        width=q.shape[-1],
-        size=v.shape[-1],
-        like=v,
-        states=24 * rule.states + 16,
-        pairs=64 if wide else 40,
-        logs=0,
-    )
+    small, wide = common.has_small_memory(generation), v.dtype == jnp.float32
+    room, limit = (common.SMALL, None) if small else (common.LARGE, common.LIMIT)
+    # bytes for each pair of rows, as compiled: v4 keeps more of what others spill in turn
+    pairs = (330 if wide else 156) if small else 96
 
     def bytes_of(rows, heads):
         if not layout.tokens_in(rows, rule.context, frozen_chunk):
             return float("inf")
-        return size_of(rows, heads)
+        states = 16 * rule.states + 8 * rule.fresh
+        options = dict(width=q.shape[-1], size=v.shape[-1], like=v, states=states, pairs=0, logs=0)
+        return common.vmem(rows, heads, **options) + heads * rows * max(rows, 128) * pairs
 
-    small = common.has_small_memory(generation)
-    room, limit = (common.SMALL, None) if small else (common.LARGE, common.LIMIT)
     try:
         block = common.plan(NAME, q, v, None, chunk, bytes_of, room)
     except NotImplementedError as reason:

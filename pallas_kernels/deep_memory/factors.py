@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.deep_memory.layout import CARRIED, FRESH, OPENED
-from pallas_kernels.products import dot_in_parts, parts, places
+from pallas_kernels.products import dot_in_parts, parts, places, rounded
 
 
 def names(momentum: bool, context: int, fresh: bool) -> tuple[str, ...]:
@@ -128,6 +128,7 @@ class Factors(NamedTuple):
 
     coefficients [C, n]: columns of alpha and, where they are, f and phi; of_bases: those of the
     bases; carried [C, 1]: 1 where the base was carried into the chunk; paths, paths_of_bases: P.
+    last: the last rows [1, C] of P, H and P of the bases, which W, Z and W_b take.
     """
 
     of: Columns
@@ -143,6 +144,7 @@ class Factors(NamedTuple):
     carried: Any
     paths: Any
     paths_of_bases: Any
+    last: list
 
 
 def factors(of: Columns, context: int, like) -> Generator[None, None, Factors]:
@@ -178,6 +180,7 @@ def factors(of: Columns, context: int, like) -> Generator[None, None, Factors]:
     flags = jnp.concatenate([jnp.where(x, 1.0, 0.0) for x in itself], axis=1)
     paths_of_bases = dot_in_parts((select,), parts(paths, like), 1, 0)
     yield
+    last = [x[size - 1 :] for x in (paths, h, paths_of_bases) if x is not None]
     return Factors(
         of,
         rates,
@@ -192,6 +195,7 @@ def factors(of: Columns, context: int, like) -> Generator[None, None, Factors]:
         jnp.where(base == CARRIED, 1.0, 0.0),
         paths,
         paths_of_bases,
+        last,
     )
 
 
@@ -203,7 +207,7 @@ def factors_back(
     size = x.a.shape[0]
     i, j = places(size)
     onwards = jnp.where(j >= i, 1.0, 0.0).astype(like)
-    dcoefficients = dcoefficients + dot_in_parts((x.select,), parts(dof_bases, like), 0, 0)
+    dcoefficients = dcoefficients + dot_in_parts((x.select,), rounded(dof_bases, like), 0, 0)
     dpaths = dpaths + dot_in_parts((x.select,), parts(dpaths_of_bases, like), 0, 0)
     yield
     columns = [dcoefficients[:, n : n + 1] for n in range(dcoefficients.shape[1])]
@@ -215,21 +219,21 @@ def factors_back(
     else:
         df, *columns = columns
         split = parts(dpaths, like)
-        da = dot_in_parts(split, parts(x.h, like), 1, 1) + df * x.mu
-        dh = jnp.where(i == size - 1, dh, 0) + dot_in_parts(parts(x.a, like), split, 0, 0)
+        da = dot_in_parts(split, rounded(x.h, like), 1, 1) + df * x.mu
+        dh = jnp.where(i == size - 1, dh, 0) + dot_in_parts(rounded(x.a, like), split, 0, 0)
         yield
         dmu = jnp.sum(x.a * df, axis=0, keepdims=True)
         dmu = dmu + jnp.where(j[:1] == size - 1, dlast, 0)
         db, drates = x.rates.back(x.b, dh)
         yield
-        crossing = dot_in_parts((onwards,), parts(db * x.b, like), 1, 0)
+        crossing = dot_in_parts((onwards,), rounded(db * x.b, like), 1, 0)
         yield
         dm = [summed(jnp.where(j < i, crossing, 0) + jnp.where(j >= i, x.mu * dmu, 0))]
     own = dalpha * x.coefficients[:, :1]
     if x.rho is not None:
         (dphi,) = columns
         da = da + dphi * x.rho
-    crossing = dot_in_parts((onwards,), parts(da * x.a, like), 1, 0)
+    crossing = dot_in_parts((onwards,), rounded(da * x.a, like), 1, 0)
     since = dot_in_parts((onwards,), parts(own, like), 1, 0)
     yield
     dg = summed(jnp.where(j < i, crossing, 0)) + since

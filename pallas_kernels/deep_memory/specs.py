@@ -3,8 +3,11 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.deep_memory.reference import State
 from pallas_kernels.specs import held
 
 
@@ -45,13 +48,9 @@ class Spec:
     def __str__(self):
         return self.name
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the op and its reference take besides arrays."""
-        return {"frozen_chunk": self.frozen, "loss": self.loss}
-
     def inputs(self, seed: int = 0) -> dict[str, Any]:
-        """The arguments by name as numpy arrays, the state as a dict; q, k and v are float32 that
+        """What an op can be differentiated by, and reset, as numpy arrays by name; those of a state
+        are weights, momentum, base, past_k and past_v. q, k, v and past pairs are float32 that
         `dtype` holds exactly."""
         rng = np.random.default_rng(seed)
         heads = (self.B, self.T, self.H)
@@ -74,21 +73,19 @@ class Spec:
         if m is not None:  # their mean, for gates near 1 too
             most *= min(1.0, float(np.mean(-np.expm1(m))) + 0.1) / 2
         rates = most * rng.random((*heads, self.context))
-        reset = write = None
+        reset = None
         if self.resets:
             reset = np.zeros((self.B, self.T), bool)
             reset[0, list(self.resets)] = True
-        if self.writes is not None:
-            write = rng.random(heads) < self.writes
         arrays = {n: held(a, self.dtype) for n, a in {"q": q, "k": k, "v": v}.items()}
         start = (0.5 * rng.standard_normal((self.H, self.K, self.V))).astype(np.float32)
         arrays |= {"g": g, "m": m, "rates": rates.astype(np.float32), "start": start}
-        return arrays | {"state": self._state(rng), "reset": reset, "write": write}
+        return arrays | self._state(rng) | {"reset": reset}
 
-    def _state(self, rng) -> dict[str, Any] | None:
-        """Of `reference.State`, by name; pairs are held by `dtype`, as they were when they came."""
+    def _state(self, rng) -> dict[str, Any]:
+        """The matrices and pairs of a state."""
         if not self.state:
-            return None
+            return {}
         heads, older = (self.B, self.H), self.context - 1
 
         def matrix(*axes):
@@ -98,16 +95,50 @@ class Spec:
             "weights": matrix(self.K, self.V),
             "momentum": 0.1 * matrix(self.K, self.V) if self.momentum else None,
             "base": matrix(self.K, self.V),
-            "place": rng.integers(0, self.frozen, heads).astype(np.int32),
         }
-        pairs: dict[str, Any] = dict.fromkeys(("k", "v", "number"))
         if older:
-            number = rng.integers(0, older + 1, heads).astype(np.int32)
-            there = np.arange(older)[:, None] >= older - number[..., None, None]
+            there = np.arange(older)[:, None] >= older - self.counts()["number"][..., None, None]
             k, v = matrix(older, self.K) / self.K**0.5, matrix(older, self.V)
-            pairs = {"k": held(k, self.dtype) * there, "v": held(v, self.dtype) * there}
-            pairs["number"] = number
-        return found | pairs
+            found |= {"past_k": held(k, self.dtype) * there, "past_v": held(v, self.dtype) * there}
+        return found
+
+    def counts(self) -> dict[str, np.ndarray | None]:
+        """place and number of a state, and write, which are not numbers to differentiate by."""
+        rng = np.random.default_rng(2)
+        heads, older = (self.B, self.H), self.context - 1
+        place = rng.integers(0, self.frozen, heads).astype(np.int32)
+        number = rng.integers(0, older + 1, heads).astype(np.int32) if older else None
+        written = rng.random((self.B, self.T, self.H))
+        write = None if self.writes is None else written < self.writes
+        return {"place": place, "number": number, "write": write}
+
+
+def flat(op, spec: Spec, **options):
+    """An op, or its reference, of the arrays of `Spec.inputs`; its state a dict of the floating
+    leaves."""
+    counts = spec.counts()
+    names = {"k": "past_k", "v": "past_v"}  # of a state's leaves
+
+    def run(q, k, v, *, reset, **given):
+        write = counts["write"]
+        own = {"g", "rates", "start", "m"} & given.keys()
+        state = None
+        if spec.state:
+            leaves = {name: given.get(names.get(name, name)) for name in State._fields}
+            leaves |= {name: counts[name] for name in ("place", "number")}
+            state = State(**jax.tree.map(jnp.asarray, leaves))
+        arrays = {name: given[name] for name in own}
+        more = dict(frozen_chunk=spec.frozen, loss=spec.loss, **options)
+        o, state = op(q, k, v, **arrays, state=state, reset=reset, write=write, **more)
+        found = state._asdict().items()
+        floats = {
+            names.get(name, name): a
+            for name, a in found
+            if a is not None and name not in ("place", "number")
+        }
+        return o, floats
+
+    return run
 
 
 HALF: dict[str, Any] = {"T": 96, "chunk": 32, "dtype": "bfloat16"}
@@ -145,7 +176,7 @@ SPECS = (
     Spec(name="bf16", **HALF, resets=(40,), tags=("fast", "race")),
     Spec(name="bf16_initial", **HALF, state=False, frozen=16),
     Spec(name="bf16_gate_1", **HALF, gate=0.0),
-    Spec(name="bf16_extreme", **HALF, gate=60.0),
+    Spec(name="bf16_extreme", **HALF, H=8, gate=60.0),
     Spec(name="bf16_equal_keys", **HALF, keys="equal", gate=0.1, rate=2.0),
     Spec(name="bf16_alike_keys", **HALF, keys="cosine", gate=0.1, rate=2.0),
     Spec(name="bf16_omega", **HALF, **OMEGA, writes=0.8, resets=(40,)),

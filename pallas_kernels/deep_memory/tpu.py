@@ -9,13 +9,15 @@ The letters are those of factors.py, with _b for what belongs to a row's base, _
 c_b is 1 for a base that was carried into the chunk, and W_b is carried on as W is, with the last
 row's factors. P_b is zero where j >= i, since a base stands in front of its frozen chunk; so the
 chunk's rows are solved for at once, as a delta rule's (`chunk_delta`), and C has nothing to do with
-the length of frozen chunks. For the loss "dot" E = -V.
+the length of frozen chunks; where these lie evenly, the inverse begins with blocks within them. For
+the loss "dot" E = -V.
 
 One grid step is a chunk of a group of heads, read as it lies in [B, R, H, D] and turned on the
 chip. Bytes a row and head: those of q, k, v and o, 4 for each of its scalars and, when gradients
 follow, 12 K V / C + 4 C of the states in front of each chunk and the inverse (8 K V / C without
 momentum). float32 or bfloat16; products of float32 are exact to float32. With bfloat16, float32
-factors are rounded where chunk_delta rounds them; elsewhere a factor is the sum of two arrays.
+factors are rounded only where that moves less than the rounding of o does (`rounded`); elsewhere a
+factor is the sum of two arrays: Z holds errors, which are small differences between alike keys.
 """
 
 from functools import partial
@@ -33,6 +35,7 @@ from pallas_kernels.products import (
     dot_in_parts,
     in_step,
     parts,
+    rounded,
     turned,
     unit_lower_inverse,
 )
@@ -40,12 +43,14 @@ from pallas_kernels.products import (
 
 class Rule(NamedTuple):
     """What is learned. momentum: whether steps have it. context: c. fresh: whether documents
-    begin. loss: "l2" or "dot"."""
+    begin. loss: "l2" or "dot". apart: rows of aligned blocks that lie in one frozen chunk, a power
+    of two; 1 where they may lie anyhow."""
 
     momentum: bool
     context: int
     fresh: bool
     loss: str
+    apart: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,25 +75,14 @@ def mixed(factors, arrays):
     return sum(factors[:, n : n + 1] * x for n, x in enumerate(arrays))
 
 
-def scores_of(q, k):
-    """Q K^T and K K^T."""
-    return jnp.split(dot(jnp.concatenate([q, k]), k, 1, 1), 2)
-
-
-def read(x, sources, like) -> list:
-    """x S for every source S, rounded."""
-    return [dot(x, s.astype(like), 1, 0) for s in sources]
+def read(x, sources) -> list:
+    """x S for every source S in parts."""
+    return [dot_in_parts((x,), source, 1, 0) for source in sources]
 
 
 def last_row(x):
     """[1, n]."""
     return x[x.shape[0] - 1 :]
-
-
-def learnt_at_the_end(found, rule: Rule) -> list:
-    """The columns [C, 1] of what each row's pair adds to W, Z and W_b behind the chunk."""
-    momentum = [found.h] if rule.momentum else []
-    return [column_of(last_row(x)) for x in (found.paths, *momentum, found.paths_of_bases)]
 
 
 def kernel(*refs, rule, keep):
@@ -108,40 +102,39 @@ def kernel(*refs, rule, keep):
 
     heads, dtype = q_ref.shape[1], q_ref.dtype
     queries, keys, values = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref))
-    split = partial(parts, like=dtype)
+    split, rough = partial(parts, like=dtype), partial(rounded, like=dtype)
 
     def outputs_of(head, of):
         q, k, v = queries[head], keys[head], values[head]
         states = [ref[head] for ref in state_refs]
-        *current, base = states
-        sources = [*current, *(ref[head] for ref in fresh_ref)]
-        scores, alike = scores_of(q, k)
+        sources, base = [*states[:-1], *(ref[head] for ref in fresh_ref)], states[-1]
         found = yield from factors(of, rule.context, dtype)
-        asked = mixed(found.coefficients, read(q, sources, dtype))
-        yield
         errors, solve = -v.astype(jnp.float32), []
         if rule.loss == "l2":
-            inverse = yield from unit_lower_inverse(2 * found.paths_of_bases * alike, dtype)
-            solve = [inverse]
-            known = mixed(found.of_bases, read(k, sources, dtype))
-            known = known + found.carried * read(k, [base], dtype)[0]
+            alike = dot(k, k, 1, 1)
             yield
-            wanted = (2 * (known - v)).astype(dtype)
-            errors = dot_in_parts(split(inverse), (wanted,), 1, 0)
+            lower = 2 * found.paths_of_bases * alike
+            solve = [(yield from unit_lower_inverse(lower, dtype, rule.apart))]
+            *known, carried = read(k, map(split, (*sources, base)))
+            yield
+            wanted = mixed(found.of_bases, known) + found.carried * carried - v
+            errors = dot_in_parts(split(solve[0]), split(2 * wanted), 1, 0)
             yield
         for ref, array in zip(kept, [*states, *solve], strict=bool(kept)):
             ref[head] = array
-        answer = asked - dot_in_parts(split(found.paths * scores), split(errors), 1, 0)
+        scores = dot(q, k, 1, 1)
+        asked = mixed(found.coefficients, read(q, map(rough, sources)))
         yield
-        ending = learnt_at_the_end(found, rule)
-        beside = jnp.concatenate([column * errors for column in ending], axis=1)
-        learnt = jnp.split(dot_in_parts((k,), split(beside), 0, 0), count, axis=1)
+        answer = asked - dot_in_parts(rough(found.paths * scores), rough(errors), 1, 0)
+        yield
+        beside = jnp.concatenate([column_of(row) * errors for row in found.last], axis=1)
+        learnt = jnp.split(dot_in_parts((k,), rough(beside), 0, 0), count, axis=1)
         yield
         new = [mixed(last_row(found.coefficients), sources)]
         if rule.momentum:
             new.append(found.mu[:, -1:] * states[1])
-        carried = last_row(found.carried) * base
-        new.append(mixed(last_row(found.of_bases), sources) + carried)
+        kept_base = last_row(found.carried) * base
+        new.append(mixed(last_row(found.of_bases), sources) + kept_base)
         for ref, x, step in zip(state_refs, new, learnt, strict=True):
             ref[head] = x - step
         return answer.astype(dtype)

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import Blocks
 from pallas_kernels.deep_memory.factors import (
+    column_of,
     factors,
     factors_back,
     gradient_names,
@@ -35,12 +36,10 @@ from pallas_kernels.deep_memory.tpu import (
     columns_of,
     fresh_block,
     last_row,
-    learnt_at_the_end,
     mixed,
     read,
-    scores_of,
 )
-from pallas_kernels.products import dot_in_parts, in_step, parts, places, turned
+from pallas_kernels.products import dot, dot_in_parts, in_step, parts, rounded, turned
 
 
 def total(x):
@@ -75,7 +74,7 @@ def kernel(*refs, rule, inverted):
 
     heads, dtype = q_ref.shape[1], q_ref.dtype
     queries, keys, values, douts = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref, do_ref))
-    split = partial(parts, like=dtype)
+    split, rough = partial(parts, like=dtype), partial(rounded, like=dtype)
 
     def gradients_of(head, of):
         q, k, v, do = queries[head], keys[head], values[head], douts[head]
@@ -84,29 +83,29 @@ def kernel(*refs, rule, inverted):
         dstates = [ref[head] for ref in dstate_refs]
         sources = [*current, *(ref[head] for ref in fresh_ref)]
         # the forward pass again
-        scores, alike = scores_of(q, k)
         found = yield from factors(of, rule.context, dtype)
-        asked = read(q, sources, dtype)
         errors = -v.astype(jnp.float32)
         known: list = []
         if inverted:
-            known = read(k, [*sources, base], dtype)
+            *known, carried = read(k, map(split, (*sources, base)))
             yield
-            wanted = mixed(found.of_bases, known[:-1]) + found.carried * known[-1] - v
+            wanted = mixed(found.of_bases, known) + found.carried * carried - v
             inverse = split(inverse_ref[0][head])
-            errors = dot_in_parts(inverse, ((2 * wanted).astype(dtype),), 1, 0)
+            errors = dot_in_parts(inverse, split(2 * wanted), 1, 0)
             yield
         written = split(errors)
-        ending = learnt_at_the_end(found, rule)
+        ending = [column_of(row) for row in found.last]
+        scores = dot(q, k, 1, 1)
+        yield
         # back through it
         ends = [split(d) for d in dstates]
-        derrors = -dot_in_parts(split(found.paths * scores), (do,), 0, 0)
+        derrors = -dot_in_parts(rough(found.paths * scores), (do,), 0, 0)
         yield
         for column, d in zip(ending, ends, strict=True):
             derrors = derrors - column * dot_in_parts((k,), d, 1, 0)
         yield
         dscores = dot_in_parts((do,), written, 1, 1)
-        weights = split(-dscores * found.paths)
+        weights = rough(-dscores * found.paths)
         dq = dot_in_parts(weights, (k,), 1, 0)
         yield
         dk = dot_in_parts(weights, (q,), 0, 0)
@@ -116,9 +115,11 @@ def kernel(*refs, rule, inverted):
         yield
         dends = [row_of(summed(k * x)) for x in pushed]
         dk = dk + sum(column * x for column, x in zip(ending, pushed, strict=True))
-        dreads = [dot_in_parts((do,), split(s), 1, 1) for s in sources]
+        dreads = [dot_in_parts((do,), rough(s), 1, 1) for s in sources]
         yield
         dq = dq + mixed(found.coefficients, dreads)
+        asked = read(q, map(rough, sources))
+        yield
         dcoefficients = jnp.concatenate([summed(do * x) for x in asked], axis=1)
         dof_bases = jnp.zeros_like(dcoefficients)
         dpaths_of_bases = jnp.zeros_like(dpaths)
@@ -129,16 +130,15 @@ def kernel(*refs, rule, inverted):
             yield
             dlower = -dot_in_parts(split(solved), written, 1, 1)
             yield
-            i, j = places(size)
-            dlower = jnp.where(i > j, dlower, 0)
-            dpaths_of_bases = dlower * alike
-            both = split(dlower * found.paths_of_bases)
+            dpaths_of_bases = dlower * dot(k, k, 1, 1)
+            both = rough(dlower * found.paths_of_bases)
+            yield
             dk = dk + dot_in_parts(both, (k,), 1, 0) + dot_in_parts(both, (k,), 0, 0)
             yield
-            back = [dot_in_parts(split(solved), split(s), 1, 1) for s in (*sources, base)]
+            back = [dot_in_parts(rough(solved), rough(s), 1, 1) for s in (*sources, base)]
             yield
             dk = dk + mixed(found.of_bases, back[:-1]) + found.carried * back[-1]
-            dof_bases = jnp.concatenate([summed(solved * x) for x in known[:-1]], axis=1)
+            dof_bases = jnp.concatenate([summed(solved * x) for x in known], axis=1)
         # of the states in front, and of the last row's factors
         dcurrent, *dmomentum, dbase = dstates
         ends_of = [total(s * dcurrent) for s in sources], [total(s * dbase) for s in sources]
@@ -153,16 +153,16 @@ def kernel(*refs, rule, inverted):
         for n in range(len(sources)):
             columns = found.coefficients[:, n : n + 1], found.of_bases[:, n : n + 1]
             d = final[:, n : n + 1] * dcurrent + final_of_bases[:, n : n + 1] * dbase
-            d = d + dot_in_parts((q,), split(columns[0] * do), 0, 0)
+            d = d + dot_in_parts((q,), rough(columns[0] * do), 0, 0)
             if inverted:
-                d = d + dot_in_parts((k,), split(columns[1] * solved), 0, 0)
+                d = d + dot_in_parts((k,), rough(columns[1] * solved), 0, 0)
             new.append(d)
             yield
         if rule.momentum:
             new[1] = new[1] + found.mu[:, -1:] * dmomentum[0]
         dbase = last_row(found.carried) * dbase
         if inverted:
-            dbase = dbase + dot_in_parts((k,), split(found.carried * solved), 0, 0)
+            dbase = dbase + dot_in_parts((k,), rough(found.carried * solved), 0, 0)
         if fresh:
             dfresh_ref[0][head] += new.pop()
         for ref, d in zip(dstate_refs, (*new, dbase), strict=True):
