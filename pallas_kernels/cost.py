@@ -28,6 +28,7 @@ WORK = ("flops", "bytes")
 DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
+FEWER = {"deep_memory": (128,)}  # of what takes minutes to compile
 DTYPES = ("bfloat16", "float32")
 
 
@@ -78,10 +79,16 @@ def merged(kept: dict, table: str, names: tuple, new: Iterable[dict]) -> list[di
 
 def memory(runs: dict) -> Iterator[dict]:
     """Rows of the table of memory."""
+    for values in cases(runs):
+        case = dict(zip(CASE, values, strict=True))
+        yield {**case, **compiled(**case)}
+
+
+def cases(runs) -> Iterator[tuple]:
+    """The values of `CASE` that are recorded of some of `OPS`."""
     for op, decay in runs:
-        for values in itertools.product(DTYPES, WIDTHS, deviceless.TOPOLOGIES):
-            case = dict(zip(CASE, (op, decay, *values), strict=True))
-            yield {**case, **compiled(**case)}
+        widths = FEWER.get(op, WIDTHS)
+        yield from itertools.product([op], [decay], DTYPES, widths, deviceless.TOPOLOGIES)
 
 
 def costs(plain: bool, ops: dict = OPS) -> Iterator[dict]:

@@ -53,7 +53,9 @@ def deep_memory(
       NotImplementedError: no kernel serves this platform, dtype, shape or chunk.
       ValueError: shapes that do not fit together, or another loss.
     """
-    batch, length, heads = _check(q, k, v, g, rates, start, m, frozen_chunk, loss, reset, write)
+    batch, length, heads = _check(
+        q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write
+    )
     axes = q.shape[-1], v.shape[-1]
     q, k, v, start, state = _served_heads(q, k, v, start, state)
     interpret, platform, generation = common.target(platform)
@@ -87,12 +89,12 @@ def deep_memory(
     everywhere = lambda a: jnp.broadcast_to(a, (batch, heads))  # noqa: E731
     place = everywhere(rows.place)
     momentum = found[1] if rule.momentum else None
-    number = None if rows.number is None else everywhere(rows.number)
-    new = State(found[0], momentum, found[-1], place, *pairs, number)
+    number = None if rows.there is None else everywhere(rows.there)
+    new = State(found[0], momentum, found[-1], place, pairs[0], pairs[1], number)
     return checkpoint_name((o[..., : axes[1]], _of_heads(new, _cut, *axes)), "memory_out")
 
 
-def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, reset, write):
+def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write):
     """(B, T, H); ValueError for what does not fit together."""
     common.check_shapes(NAME, q, k, v, None, g, None, reset)
     batch, length, heads, size = v.shape
@@ -103,6 +105,7 @@ def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, reset, write):
         "m": (m, one),
         "rates": (rates, (*one, rates.shape[-1])),
         "start": (start, (heads, q.shape[-1], size)),
+        "state.weights": (state and state.weights, (batch, heads, q.shape[-1], size)),
     }
     for name, (array, axes) in wanted.items():
         if array is not None and array.shape != axes:
@@ -163,12 +166,12 @@ def _cut(a, *axes: int):
 
 def _of_heads(state: State, fit, width: int, size: int) -> State:
     """A state whose heads fit(array, sizes of its last axes) makes K x V."""
-    matrices = (
-        None if a is None else fit(a, width, size)
-        for a in (state.weights, state.momentum, state.base)
+    axes: dict[str, tuple[int, ...]] = {"k": (width,), "v": (size,)}
+    axes |= dict.fromkeys(("weights", "momentum", "base"), (width, size))
+    there = state._asdict()
+    return state._replace(
+        **{name: fit(there[name], *n) for name, n in axes.items() if there[name] is not None}
     )
-    k, v = (None if a is None else fit(a, n) for a, n in ((state.k, width), (state.v, size)))
-    return State(*matrices, state.place, k, v, state.number)
 
 
 def _served_heads(q, k, v, start, state):
@@ -255,7 +258,8 @@ def _columns(static, rule, g, m, rates, integers):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _op(how, q, k, v, g, m, rates, integers, fresh, states):
-    return _forward(how, q, k, v, g, m, rates, integers, fresh, states, keep=False)[:2]
+    given = q, k, v, g, m, rates, integers, fresh, states
+    return _forward(how, given, keep=False)[:2]
 
 
 def _options(static):
@@ -264,14 +268,14 @@ def _options(static):
     return options
 
 
-def _forward(how, q, k, v, g, m, rates, integers, fresh, states, keep):
-    static, rule = how
+def _forward(how, given, keep):
+    (static, rule), (q, k, v, g, m, rates, integers, fresh, states) = how, given
     columns = _columns(static, rule, g, m, rates, integers)
     return tpu.forward(q, k, v, columns, fresh, states, rule=rule, keep=keep, **_options(static))
 
 
 def _op_forward(how, *given):
-    o, final, kept = _forward(how, *given, keep=True)
+    o, final, kept = _forward(how, given, keep=True)
     kept = [checkpoint_name(a, "memory_state") for a in kept]
     return (o, final), (given[:-1], kept)
 

@@ -28,29 +28,29 @@ class Layout(NamedTuple):
     one, negative or above 2^11 where it does not learn from it; None for c = 1.
     source: [B, R, h], the place of each row in [c - 1 pairs in front | tokens | zero].
     own: [B, R, h], whether the row is a token. slot: [B, T, h], the row of each token.
-    kept: [B, c - 1, h], the places of the last pairs; number: [B, h], of them; both None for c = 1.
+    kept: [B, c - 1, h], the places of the last pairs; there: [B, h], their number; None for c = 1.
     place: [B, h], written tokens of the frozen chunk that runs on.
     """
 
     base: jax.Array
     use: jax.Array
     first: jax.Array
-    asking: jax.Array | None
-    paired: jax.Array | None
-    source: jax.Array | None
-    own: jax.Array | None
-    slot: jax.Array | None
-    kept: jax.Array | None
-    number: jax.Array | None
     place: jax.Array
+    asking: jax.Array | None = None
+    paired: jax.Array | None = None
+    source: jax.Array | None = None
+    own: jax.Array | None = None
+    slot: jax.Array | None = None
+    kept: jax.Array | None = None
+    there: jax.Array | None = None
 
 
 class Tokens(NamedTuple):
-    """Of the tokens [B, T, h]: count, of those written in front of each; rank, of the pairs of its
+    """Of the tokens [B, T, h]: before, the number of those written in front of each; rank, of the pairs of its
     document in front; written; first, where a document begins; opening, where a frozen chunk does,
     but not that of a document's first tokens."""
 
-    count: jax.Array
+    before: jax.Array
     rank: jax.Array
     written: jax.Array
     first: jax.Array
@@ -108,18 +108,18 @@ def layout(reset, write, place, number, shape, *, frozen_chunk, context, rows: i
     base = jnp.where(latest % 2 == 1, (latest >> 1) - 1, FRESH)
     base = jnp.where(latest < 0, CARRIED, base)
     if not older:
-        flat = (a.reshape(shape[0], -1, shape[2]) for a in (base, tiled(tokens.written), first))
-        return Layout(*flat, *[None] * 7, after)
+        flat = [a.reshape(shape[0], -1, shape[2]) for a in (base, tiled(tokens.written), first)]
+        return Layout(flat[0], flat[1], flat[2], after)
     return _with_pairs(tokens, after, base, place_of, tiled, number, older, rows)
 
 
 def _with_pairs(tokens, after, base, place_of, tiled, number, older, rows) -> Layout:
     """The layout with rows of older pairs."""
-    batch, length, heads = tokens.count.shape
+    batch, length, heads = tokens.before.shape
     total = older + length
     places = jnp.broadcast_to(jnp.arange(total)[None, :, None], (batch, total, heads))
     # by number: the pairs in front, then the written tokens
-    order = jnp.where(tokens.written, older + tokens.count, total)
+    order = jnp.where(tokens.written, older + tokens.before, total)
     put = jax.vmap(jax.vmap(lambda a, i, x: a.at[i].set(x, mode="drop"), 1, 1))
     pairs = put(places, order, places[:, older:])
 
@@ -143,7 +143,7 @@ def _with_pairs(tokens, after, base, place_of, tiled, number, older, rows) -> La
         return jnp.take_along_axis(tiled(a), owner, axis=2)
 
     ahead = jnp.where(own, 0, jnp.where(row[:, None] < older, older - row[:, None], gap))
-    count, rank = of_owner(tokens.count), of_owner(tokens.rank)
+    count, rank = of_owner(tokens.before), of_owner(tokens.rank)
     number_of, use = older + count - ahead, own & of_owner(tokens.written)
     in_front = in_front & ((row[:, None] >= older) | ~of_owner(tokens.opening))
     older_pair = ~own & in_front & (ahead <= jnp.minimum(rank, older))
@@ -154,9 +154,9 @@ def _with_pairs(tokens, after, base, place_of, tiled, number, older, rows) -> La
     # rows in front of a chunk are of its segment, as are its tokens
     opens = tiled(tokens.opening | tokens.first)
     segment = jnp.take_along_axis(jnp.cumsum(opens, axis=2), owner, axis=2)
-    asking = (segment << 12) + count - ahead - tiled(tokens.count)[:, :, :1]
+    asking = (segment << 12) + count - ahead - tiled(tokens.before)[:, :, :1]
     slot = place_of + rows * lax.broadcasted_iota(jnp.int32, place_of.shape, 1)
-    end = tokens.count[:, -1] + tokens.written[:, -1]
+    end = tokens.before[:, -1] + tokens.written[:, -1]
     there = jnp.minimum(tokens.rank[:, -1] + tokens.written[:, -1], older)
     back = jnp.arange(older, 0, -1)[None, :, None]
     return Layout(
@@ -169,6 +169,6 @@ def _with_pairs(tokens, after, base, place_of, tiled, number, older, rows) -> La
         own=flat(own & (numbers < total)),
         slot=flat(slot)[:, :length],
         kept=found(older + end[:, None] - back, back <= there[:, None]),
-        number=there,
+        there=there,
         place=after,
     )

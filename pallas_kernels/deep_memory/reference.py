@@ -87,8 +87,8 @@ def sequential(
             z = jnp.exp(m)[..., None, None] * state.momentum + z
         weights = jnp.exp(g)[..., None, None] * state.weights + z
         place = (state.place + 1) % frozen_chunk
-        pairs = (None, None) if number is None else (keys[:, :, 1:], values[:, :, 1:])
-        return State(weights, None if m is None else z, base, place, *pairs, number)
+        past, seen = (None if number is None else a[:, :, 1:] for a in (keys, values))
+        return State(weights, None if m is None else z, base, place, past, seen, number)
 
     def token(state, x):
         (q, k, v, g, rates, m), first, written = x
@@ -125,8 +125,8 @@ def chunked(q, k, v, g, rates, start, m=None, *, frozen_chunk, loss="l2"):
     age = i - jnp.arange(1 - context, frozen_chunk)  # of every pair, for every token
 
     def through(g):
-        after = jnp.where(lower, 0, g[..., None])  # [j, l], l > j
-        terms = dot("bhjl,il->bhij", jnp.swapaxes(after, -1, -2), lower.astype(wide))
+        after = jnp.where(i > i.T, g[..., None], 0)  # g_l where l > j
+        terms = dot("tl,bhlj->bhtj", lower.astype(wide), after)
         return jnp.exp(jnp.where(lower, terms, -jnp.inf))
 
     def chunk(state, x):

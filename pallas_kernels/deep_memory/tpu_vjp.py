@@ -167,9 +167,10 @@ def kernel(*refs, rule, inverted):
             dfresh_ref[0][head] += new.pop()
         for ref, d in zip(dstate_refs, (*new, dbase), strict=True):
             ref[head] = d
-        momentum = [dends[1], total(current[1] * dmomentum[0])] if rule.momentum else [None, None]
+        dh = dends[1] if rule.momentum else None
+        dmu = total(current[1] * dmomentum[0]) if rule.momentum else None
         dcolumns = yield from factors_back(
-            found, dcoefficients, dof_bases, dpaths, dpaths_of_bases, *momentum, dtype
+            found, dcoefficients, dof_bases, dpaths, dpaths_of_bases, dh, dmu, dtype
         )
         return [x.astype(dtype) for x in (dq, dk, dv)], dcolumns
 

@@ -12,6 +12,7 @@ from pallas_kernels import interpreted
 STEPS = 50
 MIXERS = {
     "gated_delta_net": {},
+    "titans": {"heads": 1, "depth": 1},
     "sliding_window": {"head_dim": 64, "heads": 2, "kv_heads": 1, "window": 9},
 }
 
