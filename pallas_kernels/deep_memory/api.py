@@ -128,7 +128,7 @@ def _plan(q, v, rule, chunk, frozen_chunk, generation: str, interpret) -> common
     small, wide = common.has_small_memory(generation), v.dtype == jnp.float32
     room, limit = (common.SMALL, None) if small else (common.LARGE, common.LIMIT)
     # bytes for each pair of rows, as compiled: v4 keeps more of what others spill in turn
-    pairs = (330 if wide else 156) if small else 96
+    pairs = (500 if wide else 156) if small else 96
 
     def bytes_of(rows, heads):
         if not layout.tokens_in(rows, rule.context, frozen_chunk):

@@ -46,9 +46,9 @@ class Layout(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Of the tokens [B, T, h]: before, the number of those written in front of each; rank, of the pairs of its
-    document in front; written; first, where a document begins; opening, where a frozen chunk does,
-    but not that of a document's first tokens."""
+    """Of the tokens [B, T, h]: before, the number of those written in front of each; rank, that of
+    the pairs of its document in front; written; first, where a document begins; opening, where a
+    frozen chunk does, but not that of a document's first tokens."""
 
     before: jax.Array
     rank: jax.Array
