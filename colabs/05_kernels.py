@@ -201,7 +201,7 @@ plt.show()
 # Below an op: its decay (none, one a head, one a channel). `chunk_linear` is linear attention and
 # its gated forms, `chunk_delta` the delta rules (with a decay a channel: KDA). `chunk_linear` is
 # near the bound of memory; `chunk_delta` also waits for the inverse, whose products depend on one
-# another. `deep_memory` is Titans with a matrix, whose plain form walks over its frozen chunks of 16
+# another. `deep_memory` is Titans with a matrix, its plain form a walk over frozen chunks of 16
 # tokens. Missing bars: a plain form that no one would train.
 #
 # `pallas_kernels/README.md` has the table, how a kernel is written, and what did not pay. Next:

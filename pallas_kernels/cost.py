@@ -28,7 +28,7 @@ WORK = ("flops", "bytes")
 DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
-FEWER = {"deep_memory": (128,)}  # of what takes minutes to compile
+FEWER = {"deep_memory": [("bfloat16", 128)]}  # of what takes long to compile
 DTYPES = ("bfloat16", "float32")
 
 
@@ -87,8 +87,8 @@ def memory(runs: dict) -> Iterator[dict]:
 def cases(runs) -> Iterator[tuple]:
     """The values of `CASE` that are recorded of some of `OPS`."""
     for op, decay in runs:
-        widths = FEWER.get(op, WIDTHS)
-        yield from itertools.product([op], [decay], DTYPES, widths, deviceless.TOPOLOGIES)
+        for kind in FEWER.get(op, itertools.product(DTYPES, WIDTHS)):
+            yield from ((op, decay, *kind, generation) for generation in deviceless.TOPOLOGIES)
 
 
 def costs(plain: bool, ops: dict = OPS) -> Iterator[dict]:

@@ -15,7 +15,9 @@ columns x_n of O and b_n of the bases, and F_n the columns of what each pair add
 `factors_back` goes on from the gradients of the factors.
 """
 
+from collections.abc import Generator
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import Blocks
 from pallas_kernels.deep_memory.factors import (
+    Factors,
     column_of,
     factors,
     factors_back,
@@ -53,6 +56,122 @@ def ending_of(rows, size: int):
     return jnp.where(at == size - 1, rows, 0)
 
 
+class Chunk(NamedTuple):
+    """Of one head. sources: W, Z and W_f, those that are there, in front of the chunk, base: W_b;
+    dstates: the gradients of W, Z and W_b behind it; inverse: N in parts, None for the loss
+    "dot"."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    sources: list
+    base: Any
+    dstates: list
+    found: Factors
+    inverse: Any
+
+    def split(self, x):
+        """x in parts."""
+        return parts(x, self.q.dtype)
+
+    def rough(self, x):
+        """x rounded."""
+        return rounded(x, self.q.dtype)
+
+
+def errors_again(x: Chunk) -> Generator[None, None, tuple]:
+    """E as in the forward pass, and what keys read of the sources."""
+    if x.inverse is None:
+        return -x.v.astype(jnp.float32), []
+    *known, carried = read(x.k, map(x.split, (*x.sources, x.base)))
+    yield
+    wanted = mixed(x.found.of_bases, known) + x.found.carried * carried - x.v
+    errors = dot_in_parts(x.inverse, x.split(2 * wanted), 1, 0)
+    yield
+    return errors, known
+
+
+def answers_back(x: Chunk, written) -> Generator[None, None, tuple]:
+    """dE, dQ, dK, the rows dF_n [1, C], and the gradients of the coefficients, P and those of the
+    bases, from the answers and from what the states take of E (written: E in parts)."""
+    found, (q, k, do) = x.found, (x.q, x.k, x.do)
+    columns, scores = [column_of(row) for row in found.last], dot(q, k, 1, 1)
+    yield
+    ends = [x.split(d) for d in x.dstates]
+    derrors = -dot_in_parts(x.rough(found.paths * scores), (do,), 0, 0)
+    yield
+    for column, d in zip(columns, ends, strict=True):
+        derrors = derrors - column * dot_in_parts((k,), d, 1, 0)
+    yield
+    dscores = dot_in_parts((do,), written, 1, 1)
+    weights = x.rough(-dscores * found.paths)
+    dq = dot_in_parts(weights, (k,), 1, 0)
+    yield
+    dk = dot_in_parts(weights, (q,), 0, 0)
+    yield
+    dpaths = -dscores * scores
+    pushed = [-dot_in_parts(written, d, 1, 1) for d in ends]
+    yield
+    dends = [row_of(summed(k * d)) for d in pushed]
+    dk = dk + sum(column * d for column, d in zip(columns, pushed, strict=True))
+    dreads = [dot_in_parts((do,), x.rough(s), 1, 1) for s in x.sources]
+    yield
+    dq = dq + mixed(found.coefficients, dreads)
+    asked = read(q, map(x.rough, x.sources))
+    yield
+    dcoefficients = jnp.concatenate([summed(do * a) for a in asked], axis=1)
+    zeros = jnp.zeros_like(dcoefficients), jnp.zeros_like(dpaths)
+    return derrors, dq, dk, dends, [dcoefficients, dpaths, *zeros]
+
+
+def solution_back(x: Chunk, written, derrors, known) -> Generator[None, None, tuple]:
+    """D, dK and the gradients of the bases' coefficients and P, through the solution for E."""
+    k, found = x.k, x.found
+    solved = 2 * dot_in_parts(x.inverse, x.split(derrors), 0, 0)
+    yield
+    dlower = -dot_in_parts(x.split(solved), written, 1, 1)
+    yield
+    dpaths_of_bases = dlower * dot(k, k, 1, 1)
+    both = x.rough(dlower * found.paths_of_bases)
+    yield
+    dk = dot_in_parts(both, (k,), 1, 0) + dot_in_parts(both, (k,), 0, 0)
+    yield
+    *back, carried = (dot_in_parts(x.rough(solved), x.rough(s), 1, 1) for s in (*x.sources, x.base))
+    yield
+    dk = dk + mixed(found.of_bases, back) + found.carried * carried
+    dof_bases = jnp.concatenate([summed(solved * a) for a in known], axis=1)
+    return solved, dk, dof_bases, dpaths_of_bases
+
+
+def ends_of(x: Chunk, dends) -> list:
+    """The last rows that the states behind the chunk add to the gradients of the coefficients, P
+    and those of the bases."""
+    of_weights, of_base = (
+        jnp.concatenate([total(source * d) for source in x.sources], axis=1)
+        for d in (x.dstates[0], x.dstates[-1])
+    )
+    return [of_weights, dends[0], of_base, dends[-1]]
+
+
+def states_back(x: Chunk, solved) -> Generator[None, None, tuple[list, Any]]:
+    """(The gradients of the sources but what Z hands on to itself, that of W_b)."""
+    found, new = x.found, []
+    final, final_of_bases = last_row(found.coefficients), last_row(found.of_bases)
+    for n in range(len(x.sources)):
+        here, of_bases = found.coefficients[:, n : n + 1], found.of_bases[:, n : n + 1]
+        d = final[:, n : n + 1] * x.dstates[0] + final_of_bases[:, n : n + 1] * x.dstates[-1]
+        d = d + dot_in_parts((x.q,), x.rough(here * x.do), 0, 0)
+        if solved is not None:
+            d = d + dot_in_parts((x.k,), x.rough(of_bases * solved), 0, 0)
+        new.append(d)
+        yield
+    dbase = last_row(found.carried) * x.dstates[-1]
+    if solved is not None:
+        dbase = dbase + dot_in_parts((x.k,), x.rough(found.carried * solved), 0, 0)
+    return new, dbase
+
+
 def kernel(*refs, rule, inverted):
     """Rows' arrays [C, h, K or V]; columns [C, n h]; W_f, the states in front, inverses [h, C, C];
     the gradients. The blocks of the states' gradients, that of W_f too, carry them along the
@@ -74,105 +193,44 @@ def kernel(*refs, rule, inverted):
 
     heads, dtype = q_ref.shape[1], q_ref.dtype
     queries, keys, values, douts = (turned(ref[...]) for ref in (q_ref, k_ref, v_ref, do_ref))
-    split, rough = partial(parts, like=dtype), partial(rounded, like=dtype)
+    split = partial(parts, like=dtype)
 
     def gradients_of(head, of):
-        q, k, v, do = queries[head], keys[head], values[head], douts[head]
-        size = q.shape[0]
         *current, base = (ref[head] for ref in bound_refs)
-        dstates = [ref[head] for ref in dstate_refs]
-        sources = [*current, *(ref[head] for ref in fresh_ref)]
-        # the forward pass again
-        found = yield from factors(of, rule.context, dtype)
-        errors = -v.astype(jnp.float32)
-        known: list = []
-        if inverted:
-            *known, carried = read(k, map(split, (*sources, base)))
-            yield
-            wanted = mixed(found.of_bases, known) + found.carried * carried - v
-            inverse = split(inverse_ref[0][head])
-            errors = dot_in_parts(inverse, split(2 * wanted), 1, 0)
-            yield
-        written = split(errors)
-        ending = [column_of(row) for row in found.last]
-        scores = dot(q, k, 1, 1)
-        yield
-        # back through it
-        ends = [split(d) for d in dstates]
-        derrors = -dot_in_parts(rough(found.paths * scores), (do,), 0, 0)
-        yield
-        for column, d in zip(ending, ends, strict=True):
-            derrors = derrors - column * dot_in_parts((k,), d, 1, 0)
-        yield
-        dscores = dot_in_parts((do,), written, 1, 1)
-        weights = rough(-dscores * found.paths)
-        dq = dot_in_parts(weights, (k,), 1, 0)
-        yield
-        dk = dot_in_parts(weights, (q,), 0, 0)
-        yield
-        dpaths = -dscores * scores
-        pushed = [-dot_in_parts(written, d, 1, 1) for d in ends]
-        yield
-        dends = [row_of(summed(k * x)) for x in pushed]
-        dk = dk + sum(column * x for column, x in zip(ending, pushed, strict=True))
-        dreads = [dot_in_parts((do,), rough(s), 1, 1) for s in sources]
-        yield
-        dq = dq + mixed(found.coefficients, dreads)
-        asked = read(q, map(rough, sources))
-        yield
-        dcoefficients = jnp.concatenate([summed(do * x) for x in asked], axis=1)
-        dof_bases = jnp.zeros_like(dcoefficients)
-        dpaths_of_bases = jnp.zeros_like(dpaths)
-        dv = -derrors
-        if inverted:
-            solved = 2 * dot_in_parts(inverse, split(derrors), 0, 0)
-            dv = -solved
-            yield
-            dlower = -dot_in_parts(split(solved), written, 1, 1)
-            yield
-            dpaths_of_bases = dlower * dot(k, k, 1, 1)
-            both = rough(dlower * found.paths_of_bases)
-            yield
-            dk = dk + dot_in_parts(both, (k,), 1, 0) + dot_in_parts(both, (k,), 0, 0)
-            yield
-            back = [dot_in_parts(rough(solved), rough(s), 1, 1) for s in (*sources, base)]
-            yield
-            dk = dk + mixed(found.of_bases, back[:-1]) + found.carried * back[-1]
-            dof_bases = jnp.concatenate([summed(solved * x) for x in known], axis=1)
-        # of the states in front, and of the last row's factors
-        dcurrent, *dmomentum, dbase = dstates
-        ends_of = [total(s * dcurrent) for s in sources], [total(s * dbase) for s in sources]
-        lasts = (ending_of(jnp.concatenate(x, axis=1), size) for x in ends_of)
-        dcoefficients, dof_bases = (
-            x + more for x, more in zip((dcoefficients, dof_bases), lasts, strict=True)
+        x = Chunk(
+            queries[head],
+            keys[head],
+            values[head],
+            douts[head],
+            [*current, *(ref[head] for ref in fresh_ref)],
+            base,
+            [ref[head] for ref in dstate_refs],
+            (yield from factors(of, rule.context, dtype)),
+            split(inverse_ref[0][head]) if inverted else None,
         )
-        dpaths = dpaths + ending_of(dends[0], size)
-        dpaths_of_bases = dpaths_of_bases + ending_of(dends[-1], size)
-        final, final_of_bases = last_row(found.coefficients), last_row(found.of_bases)
-        new = []
-        for n in range(len(sources)):
-            columns = found.coefficients[:, n : n + 1], found.of_bases[:, n : n + 1]
-            d = final[:, n : n + 1] * dcurrent + final_of_bases[:, n : n + 1] * dbase
-            d = d + dot_in_parts((q,), rough(columns[0] * do), 0, 0)
-            if inverted:
-                d = d + dot_in_parts((k,), rough(columns[1] * solved), 0, 0)
-            new.append(d)
-            yield
-        if rule.momentum:
-            new[1] = new[1] + found.mu[:, -1:] * dmomentum[0]
-        dbase = last_row(found.carried) * dbase
+        errors, known = yield from errors_again(x)
+        written = split(errors)
+        derrors, dq, dk, dends, made = yield from answers_back(x, written)
+        dv, solved = -derrors, None
         if inverted:
-            dbase = dbase + dot_in_parts((k,), rough(found.carried * solved), 0, 0)
+            solved, more, *of_bases = yield from solution_back(x, written, derrors, known)
+            dk, dv, made = dk + more, -solved, [*made[:2], *of_bases]
+        dcoefficients, dpaths, dof_bases, dpaths_of_bases = (
+            d + ending_of(end, d.shape[0]) for d, end in zip(made, ends_of(x, dends), strict=True)
+        )
+        new, dbase = yield from states_back(x, solved)
+        dh = dmu = None
+        if rule.momentum:
+            new[1] = new[1] + x.found.mu[:, -1:] * x.dstates[1]
+            dh, dmu = dends[1], total(x.sources[1] * x.dstates[1])
         if fresh:
             dfresh_ref[0][head] += new.pop()
         for ref, d in zip(dstate_refs, (*new, dbase), strict=True):
             ref[head] = d
-        dh = dends[1] if rule.momentum else None
-        dmu = total(current[1] * dmomentum[0]) if rule.momentum else None
         dcolumns = yield from factors_back(
-            found, dcoefficients, dof_bases, dpaths, dpaths_of_bases, dh, dmu, dtype
+            x.found, dcoefficients, dof_bases, dpaths, dpaths_of_bases, dh, dmu, dtype
         )
-        return [x.astype(dtype) for x in (dq, dk, dv)], dcolumns
+        return [d.astype(dtype) for d in (dq, dk, dv)], dcolumns
 
     made = in_step(map(gradients_of, range(heads), columns_of(columns_ref, rule, heads)))
     arrays, dcolumns = zip(*made, strict=True)
