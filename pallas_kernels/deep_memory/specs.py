@@ -163,7 +163,7 @@ SPECS = (
     Spec(name="swla", T=60, chunk=32, **{**OMEGA, "context": 7}, loss="dot", frozen=4, writes=0.9),
     Spec(name="atlas", T=60, chunk=32, context=4, writes=0.8, resets=(20, 50)),
     Spec(name="bf16", **HALF, resets=(40,), tags=("fast", "race")),
-    Spec(name="bf16_extreme", **HALF, H=8, gate=60.0),
+    Spec(name="bf16_extreme", **HALF, B=4, gate=60.0),
     Spec(name="bf16_equal_keys", **HALF, keys="equal", gate=0.1, rate=2.0, state=False),
     Spec(name="bf16_alike_keys", **HALF, keys="cosine", gate=0.1, rate=2.0),
     Spec(name="bf16_atlas", **HALF, context=4),
