@@ -19,7 +19,7 @@ class Spec(walks_specs.Spec):
 
 ALL = tuple(range(20))
 PLAIN = (
-    Spec(name="one_block", T=64, tags=("fast", "race")),
+    Spec(name="one_block", T=64, tags=("fast",)),
     Spec(name="blocks", B=2, T=600, D=256),
     Spec(name="ragged", B=3, T=41, D=72),
     Spec(name="one_token", B=2, T=1),
@@ -38,7 +38,7 @@ PLAIN = (
 SPECS = (
     *PLAIN,
     *(
-        dataclasses.replace(spec, name=f"weighted_{spec.name}", weighted=True)
+        dataclasses.replace(spec, name=f"weighted_{spec.name}", weighted=True, tags=())
         for spec in PLAIN
         if spec.name in ("resets", "bf16") or spec.name.startswith("gate")
     ),

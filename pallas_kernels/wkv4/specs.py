@@ -22,7 +22,7 @@ class Spec(walks_specs.Spec):
 
 
 SPECS = (
-    Spec(name="one_block", T=64, tags=("fast", "race")),
+    Spec(name="one_block", T=64, tags=("fast",)),
     Spec(name="blocks", B=2, T=300, D=256),
     Spec(name="ragged", B=3, T=41, D=72),
     Spec(name="one_token", B=2, T=1),
