@@ -28,12 +28,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "forgetting_mqar": {"updates": 8, "vocab": 1024},
     "compositional_mqar": {"vocab": 1024},
     "joint_recall": {
-        "length": 112, "min_contexts": 5, "max_contexts": 5, "min_keys": 5, "max_keys": 5,
-        "values": 8,
+        "length": 44, "min_contexts": 3, "max_contexts": 3, "min_keys": 3, "max_keys": 3,
+        "num_values": 16,
     },
-    "associative_recall": {"keys": 512},
+    "associative_recall": {"num_keys": 512},
     "treecall": {"length": 64},
-    "stacked_mqar": {"length": 32, "pairs": 16, "values": 1024},
+    "stacked_mqar": {"length": 32, "pairs": 16, "num_values": 1024},
 }  # fmt: skip
 PUBLISHED: dict[str, Any] = {"task": "mqar", "cells": "based", "order": "published"}
 

@@ -145,6 +145,13 @@ def _call(module: Any, file: str, arg: str | None) -> ConfigDict:
             f"--config={file}: get_config must return an ml_collections.ConfigDict, "
             f"it returned {kind_name(type(config))}."
         )
+    for path in flatten(config):
+        for name in path.split("."):
+            if hasattr(ConfigDict, name):  # which is what ml_collections would find there
+                raise UserError(
+                    f"--config={file}: {path} has the name of a method of ConfigDict, so that no "
+                    f"flag could set it; name the field otherwise, for example {name + '_'!r}."
+                )
     return config
 
 

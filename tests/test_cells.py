@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import memjax
+from memjax.cells._heads import Inputs as AttentionInputs
 from memjax.cells._matrix import MatrixMemory
 from memjax.cells.attention import Attention
 from memjax.cells.comba import Comba
@@ -26,7 +27,6 @@ from memjax.cells.linear_attention import Inputs as LinearInputs
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import Inputs as DecayInputs
 from memjax.cells.simple_gla import SimpleGLA
-from memjax.cells.sliding_window import Inputs as AttentionInputs
 from memjax.cells.sliding_window import SlidingWindow
 
 # The contract holds the two forms together.

@@ -34,6 +34,8 @@ FILES = {
     "syntax.py": "x = 1\ndef get_config(:\n",
     "empty.py": "x = 1\n",
     "none.py": "def get_config():\n    pass\n",
+    "method.py": "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+    "    return ConfigDict({'data': {'values': 8}})\n",
     "module.py": "import no_such_module_anywhere\n",
 }
 SHOW = """
@@ -164,7 +166,7 @@ SOURCES = [
         "--config=configs/god.py",
         (
             "--config=configs/god.py: no such file; configs has empty.py, "
-            "good.py, module.py, needs.py, none.py, plain.py, raises.py, syntax.py. "
+            "good.py, method.py, module.py, needs.py, none.py, plain.py, raises.py, syntax.py. "
             "Did you mean 'configs/good.py'?"
         ),
     ),
@@ -214,6 +216,13 @@ SOURCES = [
     ),
     ("--config=configs/empty.py", "the file has no function get_config; define get_config()"),
     ("--config=configs/none.py", "must return an ml_collections.ConfigDict, it returned a None"),
+    (
+        "--config=configs/method.py",
+        (
+            "data.values has the name of a method of ConfigDict, so that no flag could set it; "
+            "name the field otherwise, for example 'values_'"
+        ),
+    ),
     ("--config=", "--config is missing; write --config=FILE.py"),
     (
         "--config.model.dim=3",

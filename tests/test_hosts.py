@@ -1,5 +1,7 @@
 """Training in two processes of two devices each, and what they say when they cannot."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -273,3 +275,19 @@ def test_two_trainings_in_one_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: "), locks.alone(f"{tmp_path}/file/run"):
         pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    """Some network file systems have none; other errors are told."""
+
+    def flock(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with open(tmp_path / "file", "w") as file:
+        if code == errno.EIO:
+            with pytest.raises(OSError, match=os.strerror(code)):
+                locks.lock(file, wait=False)
+        else:
+            assert locks.lock(file, wait=False)

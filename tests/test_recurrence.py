@@ -12,10 +12,10 @@ import pytest
 import memjax
 from memjax import recurrence
 from memjax.cells import linear_attention
+from memjax.cells._heads import Inputs as AttentionInputs
 from memjax.cells._matrix import decay_to_end, decays, unit_lower_inverse
 from memjax.cells.attention import Attention
 from memjax.cells.delta_net import DeltaNet, Inputs
-from memjax.cells.sliding_window import Inputs as AttentionInputs
 
 
 def plain_lags(x, tail, reset, write):

@@ -42,6 +42,15 @@ def test_failures_that_last_are_rows(file, command):
     assert len(trials.Sweep(str(file)).shown()) == 2
 
 
+def test_too_little_memory_beside_another_run(file, command):
+    """May be enough for one alone: no row says that it failed."""
+    tell(file, codes={"rwkv4-0": [1]})
+    arguments = (f"--sweep={file}", "--only=cell=rwkv4,seed=0", "--jobs=2")
+    code, _, err = command(*arguments)
+    assert code == 1 and "failed: rwkv4-0;" in err and rows_of(file) == []
+    assert command(*arguments)[0] == 0 and len(rows_of(file)) == 1
+
+
 def test_interrupted_runs_go_on_as_long_as_they_come_further(file, command):
     """Killed, or stopped by a signal, more often than `retries`; but not where nothing is new."""
     tell(file, codes={"delta_net-0": [-9, 75, 75, -9, 75], "delta_net-1": [75, -9, -9, 75]})

@@ -11,7 +11,7 @@ from memjax.tasks import __main__ as command
 from memjax.tasks.joint_recall import counted
 
 SMALL_TABLES = dict(
-    min_contexts=5, max_contexts=5, min_keys=5, max_keys=5, values=8, length=112, vocab=28
+    min_contexts=5, max_contexts=5, min_keys=5, max_keys=5, num_values=8, length=112, vocab=28
 )
 
 
@@ -19,27 +19,27 @@ SMALL_TABLES = dict(
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(values=64, width=16), dict(length=40, pairs=8, passes=3, values=8)]
+    "settings", [dict(num_values=64, width=16), dict(length=40, pairs=8, passes=3, num_values=8)]
 )
 def test_stacked_layout(settings):
     source = tasks.make("stacked_mqar", **settings)
     pairs, passes, width = source.pairs, source.passes, source.width
     end = (passes + 1) * pairs
     rows = {row.tobytes(): number for number, row in enumerate(source.table)}
-    assert len(rows) == 2 * source.values
+    assert len(rows) == 2 * source.num_values
     for index in range(300):
         example = source[index]
         inputs = example["inputs"]
         keys = np.array([rows[key.tobytes()] for key in inputs[:end, :width]]).reshape(-1, pairs)
         values = [rows[value.tobytes()] for value in inputs[: passes * pairs, width:]]
-        assert keys.max() < source.values <= min(values)
+        assert keys.max() < source.num_values <= min(values)
         assert (np.sort(keys) == np.sort(keys[0])).all() and len(set(keys[0])) == pairs
         assert len(set(values)) == pairs == example["pairs"]
         assert not inputs[passes * pairs :, width:].any() and not inputs[end:].any()
         queries = np.flatnonzero(example["mask"])
         assert queries.tolist() == list(range(passes * pairs, end))
         bound = dict(zip(keys[:-1].ravel(), values, strict=True))
-        answers = [bound[key] - source.values for key in keys[-1]]
+        answers = [bound[key] - source.num_values for key in keys[-1]]
         assert example["targets"][queries].tolist() == answers
         shown = queries - example["distance"][queries]
         assert (shown >= (passes - 1) * pairs).all() and (shown < passes * pairs).all()
@@ -48,7 +48,7 @@ def test_stacked_layout(settings):
 
 def test_stacked_table_is_frozen_and_on_the_sphere():
     """Cosines of uniform directions have mean 0 and variance 1 / width."""
-    table = tasks.make("stacked_mqar", values=256, width=32).table
+    table = tasks.make("stacked_mqar", num_values=256, width=32).table
     assert table.dtype == np.float32 and table.shape == (512, 32)
     np.testing.assert_allclose(np.linalg.norm(table.astype(float), axis=1), 1, rtol=0, atol=1e-6)
     cosines = (table.astype(float) @ table.T)[np.triu_indices(512, 1)]
@@ -58,8 +58,8 @@ def test_stacked_table_is_frozen_and_on_the_sphere():
     spread = np.sqrt(2 * 31 / (32**2 * 34) / cosines.size)
     assert abs((cosines**2).mean() - 1 / 32) < 4.5 * spread
     for same in (dict(seed=5), dict(split="test")):
-        assert (tasks.make("stacked_mqar", values=256, width=32, **same).table == table).all()
-    other = tasks.make("stacked_mqar", values=256, width=32, table_seed=1).table
+        assert (tasks.make("stacked_mqar", num_values=256, width=32, **same).table == table).all()
+    other = tasks.make("stacked_mqar", num_values=256, width=32, table_seed=1).table
     assert (other != table).any(1).all()
     with pytest.raises(ValueError, match="read-only"):
         table[0, 0] = 1
@@ -71,13 +71,13 @@ def test_stacked_is_solved_by_the_nearest_key():
         example = source[index]
         written, asked = np.split(example["inputs"], 2)
         nearest = np.argmax(asked[:, :64] @ written[:, :64].T, axis=1)
-        read = written[nearest, 64:] @ source.table[source.values :].T
+        read = written[nearest, 64:] @ source.table[source.num_values :].T
         assert (np.argmax(read, axis=1) == example["targets"][64:]).all()
 
 
 def test_stacked_orders_are_uniform_and_fresh():
     """Every order of 3 queries after 3 writes is equally likely, and so is each second pass."""
-    source = tasks.make("stacked_mqar", length=9, pairs=3, passes=2, values=3, width=4)
+    source = tasks.make("stacked_mqar", length=9, pairs=3, passes=2, num_values=3, width=4)
     rows = {row.tobytes(): number for number, row in enumerate(source.table)}
     counts = np.zeros((2, 27))
     for index in range(2000):
@@ -108,7 +108,7 @@ def halves(source, example):
 @pytest.mark.parametrize("settings", [{}, SMALL_TABLES, dict(max_contexts=6, min_keys=16)])
 def test_joint_layout(settings):
     source = tasks.make("joint_recall", **settings)
-    first_key = 10 + source.values
+    first_key = 10 + source.num_values
     first_context = first_key + source.max_keys
     sizes = set()
     for index in range(300):
@@ -149,17 +149,17 @@ def test_joint_layout(settings):
 def test_joint_blind_predictors_get_one_in_values(settings):
     """A constant answer; the value of the key in another context; that of another key beside it."""
     source = tasks.make("joint_recall", **settings)
-    counts, by_key, by_context, trials = np.zeros(source.values, int), 0, 0, 0
+    counts, by_key, by_context, trials = np.zeros(source.num_values, int), 0, 0, 0
     for index in range(300):
         example = source[index]
         _, pairs, _ = halves(source, example)
         order = np.argsort(pairs[1, :, :, 0], axis=1)
         table = np.take_along_axis(pairs[1, :, :, 1], order, 1)  # rows in one order of keys
-        counts += np.bincount(table.ravel() - 10, minlength=source.values)
+        counts += np.bincount(table.ravel() - 10, minlength=source.num_values)
         by_key += (table == np.roll(table, 1, axis=0)).sum()
         by_context += (table == np.roll(table, 1, axis=1)).sum()
         trials += table.size
-    assert source.chance == 1 / source.values
+    assert source.chance == 1 / source.num_values
     for right in (*counts, by_key, by_context):
         assert close_to(right, trials, source.chance)
 
@@ -207,7 +207,7 @@ def test_joint_sizes_and_orders_are_uniform():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, dict(by_value=True), dict(pairs=4, keys=4, length=20, by_value=True)]
+    "settings", [{}, dict(by_value=True), dict(pairs=4, num_keys=4, length=20, by_value=True)]
 )
 def test_associative_layout(settings):
     source = tasks.make("associative_recall", **settings)
@@ -216,7 +216,7 @@ def test_associative_layout(settings):
         example = source[index]
         inputs = example["inputs"]
         keys, values = inputs[1 : end - 1].reshape(-1, 2).T
-        assert 3 <= keys.min() and keys.max() < 3 + source.keys <= values.min()
+        assert 3 <= keys.min() and keys.max() < 3 + source.num_keys <= values.min()
         assert len(set(keys)) == len(set(values)) == source.pairs == example["pairs"]
         assert inputs[0] == 1 and inputs[end - 1] == 2 and not inputs[end + 1 :].any()
         assert np.flatnonzero(example["mask"]).tolist() == [end]
@@ -242,17 +242,17 @@ def test_associative_query_is_uniform(by_value):
     [
         ("stacked_mqar", dict(pairs=9), "pairs=9 with passes=1 takes 18 .* use length=18"),
         ("stacked_mqar", dict(passes=2), "pairs=8 with passes=2 takes 24 .* use length=24"),
-        ("stacked_mqar", dict(values=7), "values=7 .* allowed: pairs, 8, up"),
+        ("stacked_mqar", dict(num_values=7), "num_values=7 .* allowed: pairs, 8, up"),
         ("stacked_mqar", dict(width=0), "width=0 .* 1 or more"),
         ("stacked_mqar", dict(table_seed=-1), r"table_seed=-1 .* 0 to 2\*\*64 - 1"),
         ("joint_recall", dict(min_keys=17), "min_keys=17 with max_keys=16 .* 1 <= min_keys"),
         ("joint_recall", dict(min_contexts=0), "min_contexts=0 .* 1 <= min_contexts"),
-        ("joint_recall", dict(values=1), "values=1 .* 2 or more"),
+        ("joint_recall", dict(num_values=1), "num_values=1 .* 2 or more"),
         ("joint_recall", dict(vocab=57), "vocab=57 .* take 58 or more"),
         ("joint_recall", dict(length=1057), "takes 1058 tokens, .* use length=1058"),
         ("associative_recall", dict(pairs=17), "pairs=17 takes 37 .* use length=37"),
-        ("associative_recall", dict(keys=15), "pairs=16 .* 1 to keys, 15"),
-        ("associative_recall", dict(keys=2**30), r"keys=1073741824 .* to 2\*\*30 - 2"),
+        ("associative_recall", dict(num_keys=15), "pairs=16 .* 1 to num_keys, 15"),
+        ("associative_recall", dict(num_keys=2**30), r"num_keys=1073741824 .* to 2\*\*30 - 2"),
     ],
 )
 def test_impossible_settings(name, settings, message):
@@ -260,7 +260,7 @@ def test_impossible_settings(name, settings, message):
 
 
 def test_show_of_vectors_names_their_numbers():
-    source = tasks.make("stacked_mqar", values=64)
+    source = tasks.make("stacked_mqar", num_values=64)
     example, lines = source[3], command.show(source, 3).splitlines()
     rows = {row.tobytes(): number for number, row in enumerate(source.table)}
     for at in np.flatnonzero(example["mask"]):

@@ -59,6 +59,14 @@ def recall(text, question, better, worse):
     )  # fmt: skip
 
 
+def solves(rows):
+    return recall(
+        f"Gated KalmaNet (2511.21016) recalls more than Gated DeltaNet, {rows} x 64", "solve",
+        f"gated_kalmanet, {rows} x 64, half-life 256",
+        f"gated_delta_net, {rows} x 64, half-life 256",
+    )  # fmt: skip
+
+
 def formal(text, task, figure, better, worse):
     return Claim(
         text, "parity_and_groups", figure, {"task": task}, {"model": better}, {"model": worse}
@@ -110,13 +118,16 @@ CLAIMS = (
     recall("the same, 16 x 64", "slots", "lattice, 16 x 64", "delta_net, 16 x 64"),
     recall("OmegaNet (2505.23735) recalls more with a window c of 8 than of 1", "window",
            "omega_net, c = 8", "omega_net, c = 1"),
-    recall("products of 8 channels bind two keys better than as many channels, OmegaNet",
-           "features", "omega_net, products of 8", "omega_net, 44 channels"),
-    recall("the same, linear attention with Taylor features (2402.18668)", "features",
+    recall("products of 8 channels (2505.23735) bind two keys better than the 8, OmegaNet",
+           "features", "omega_net, products of 8", "omega_net, 8 channels"),
+    recall("and better than 44, at equal state", "features",
+           "omega_net, products of 8", "omega_net, 44 channels"),
+    recall("linear attention with Taylor features of 8 (2402.18668), than the 8", "features",
+           "linear_attention, Taylor of 8", "linear_attention, 8 channels"),
+    recall("and than 44, at equal state", "features",
            "linear_attention, Taylor of 8", "linear_attention, 44 channels"),
-    recall("Gated KalmaNet (2511.21016) recalls more than Gated DeltaNet, 8 x 64", "solve",
-           "gated_kalmanet, 8 x 64", "gated_delta_net, 8 x 64"),
-    recall("the same, 16 x 64", "solve", "gated_kalmanet, 16 x 64", "gated_delta_net, 16 x 64"),
+    solves(8),
+    solves(16),
     cached("linear_attention"),
     cached("delta_net"),
     hybrid("B'MOJO (2407.06324) recalls what its window does not see", "bmojo", "window"),
@@ -126,7 +137,7 @@ CLAIMS = (
     chunks("titans", "tiny_text", "bits_per_byte", 64, True),
     chunks("omega_net", "tiny_text", "bits_per_byte", 64, True),
     Claim("joint recall: attention binds context and key, Mamba-2 does not (2507.00449)",
-          "joint_recall", "query_accuracy", {"lr": 1e-2},
+          "joint_recall", "query_accuracy", {"lr": 5e-3},
           {"cell": "attention"}, {"cell": "mamba2"}),
 )  # fmt: skip
 

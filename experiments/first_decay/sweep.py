@@ -59,6 +59,7 @@ def draw(rows):
         points = [(row["half_life"], row["score"]) for row in found]
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), alpha=0.5, ms=4)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(HALF_LIVES, HALF_LIVES)
     axes.set(xlabel="half-life before training, tokens", ylabel="accuracy, mean of 4 to 32 pairs")
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.25)

@@ -2,7 +2,7 @@
 
     python -m memjax.sweep --sweep=experiments/joint_recall/sweep.py --jobs=2
 
-Joint recall with five contexts, five keys and eight values (HAX, arXiv 2507.00449, made small).
+Joint recall with three contexts, three keys and 16 values (HAX, arXiv 2507.00449, made small).
 """
 
 from matplotlib.figure import Figure
@@ -15,10 +15,10 @@ CELLS = (
     "attention", "sliding_window", "linear_attention", "mamba2", "delta_net", "gated_delta_net",
     "rwkv7",
 )  # fmt: skip
-RATES = (5e-3, 1e-2)
+RATES = (2e-3, 5e-3)
 SEEDS = (0, 1, 2)
-STEPS = 1500
-CHANCE, COUNTED = 1 / 8, counted(5, 8)
+STEPS = 2000
+CHANCE, COUNTED = 1 / 16, counted(3, 16)
 
 
 def trials():

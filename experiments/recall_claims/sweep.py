@@ -5,7 +5,8 @@
 slots     Lattice's slots of unit norm against DeltaNet's matrix, 16 pairs
 window    OmegaNet that learns from the last c pairs at each token against c = 1, 16 pairs
 features  products of key channels against the channels alone, on compositional MQAR
-solve     Gated KalmaNet, which solves for the memory, against Gated DeltaNet, 16 pairs
+solve     Gated KalmaNet, which solves for the memory, against Gated DeltaNet, 16 pairs, with decays
+          that are drawn and with the same half-life before training
 """
 
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from memjax import results
 from memjax.trials import Trial
 
 SEEDS = (0, 1, 2)
-STEPS = {"slots": 600, "window": 600, "features": 1500, "solve": 600}
+STEPS = {"slots": 2000, "window": 600, "features": 1500, "solve": 600}
 TAYLOR = {"feature_map": "taylor", "normalise": True, "key_dim": 8, "norm": "none"}
 # Question -> name of the model -> mixer and its options.
 MODELS = {
@@ -28,15 +29,18 @@ MODELS = {
     },
     # 8 channels and their 36 products: 44 numbers (45 with Taylor's constant)
     "features": {
+        "linear_attention, 8 channels": ("linear_attention", {"key_dim": 8}),
         "linear_attention, 44 channels": ("linear_attention", {"key_dim": 44}),
         "linear_attention, Taylor of 8": ("linear_attention", TAYLOR),
         "delta_net, 44 channels": ("delta_net", {"key_dim": 44}),
+        "omega_net, 8 channels": ("omega_net", {"key_dim": 8, "degree": 1}),
         "omega_net, 44 channels": ("omega_net", {"key_dim": 44, "degree": 1}),
         "omega_net, products of 8": ("omega_net", {"key_dim": 8, "degree": 2}),
     },
     "solve": {
-        f"{mixer}, {n} x 64": (mixer, {"key_dim": n})
+        f"{mixer}, {n} x 64{name}": (mixer, {"key_dim": n} | first)
         for n in (8, 16)
+        for name, first in {"": {}, ", half-life 256": {"half_life": 256.0}}.items()
         for mixer in ("gated_delta_net", "gated_kalmanet")
     },
 }

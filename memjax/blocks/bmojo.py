@@ -30,7 +30,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from memjax.cell import MemoryCell
-from memjax.cells.sliding_window import HeadsMixer, Line, SlidingWindow, without_sinks
+from memjax.cells._heads import HeadsMixer
+from memjax.cells.sliding_window import Line, SlidingWindow, without_sinks
 from memjax.nn.layers import widen
 from memjax.recurrence import accumulator_dtype, any_of_batch, lags, per_head, promote, select
 from memjax.registry import BlockSpec, register

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from memjax import spans
 from memjax.blocks.bmojo import FadingWindow, Inputs
-from memjax.cells.sliding_window import HeadsMixer
+from memjax.cells._heads import HeadsMixer
 from memjax.nn.layers import Context, Norm
 from memjax.recurrence import from_chunks, phase_split, select, to_chunks
 from memjax.registry import BlockSpec, is_cell, register

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from memjax.cell import run
+from memjax.cells._heads import Inputs
 from memjax.cells.attention import Attention
-from memjax.cells.sliding_window import Inputs
 from memjax.nn.layers import Context, Dense, Norm, rotary, unpublished
 from memjax.nn.mixer import Mixer
 from memjax.registry import BlockSpec, register

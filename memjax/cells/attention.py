@@ -10,7 +10,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from memjax.cells.sliding_window import HeadsMixer, SlidingWindow, without_sinks
+from memjax.cells._heads import HeadsMixer
+from memjax.cells.sliding_window import SlidingWindow, without_sinks
 from memjax.registry import CellSpec, register
 
 

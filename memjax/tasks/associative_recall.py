@@ -28,7 +28,7 @@ class AssociativeRecall(Source):
       length: tokens in a row, T, at least 2 * pairs + 3; zeros fill up the rest. (The answer and
         the EOS behind it, two more tokens in the paper, are no inputs here.)
       pairs: n, distinct keys with distinct values. The published 16 are 32 tokens.
-      keys: how many keys there are, and as many values.
+      num_keys: how many keys there are, and as many values.
       by_value: whether the query is a value, whose key is the answer.
       seed: 0 to 2**64 - 1.
       split: "train" or "test", two disjoint streams.
@@ -47,17 +47,19 @@ class AssociativeRecall(Source):
 
     length: int = 35
     pairs: int = 16
-    keys: int = 4096
+    num_keys: int = 4096
     by_value: bool = False
     seed: int = 0
     split: Literal["train", "test"] = "train"
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.pairs <= self.keys:
-            self._refuse(f"pairs={self.pairs} is out of range; allowed: 1 to keys, {self.keys}")
+        if not 1 <= self.pairs <= self.num_keys:
+            self._refuse(
+                f"pairs={self.pairs} is out of range; allowed: 1 to num_keys, {self.num_keys}"
+            )
         if self.vocab > 2**31:
-            self._refuse(f"keys={self.keys} is out of range; allowed: to 2**30 - 2")
+            self._refuse(f"num_keys={self.num_keys} is out of range; allowed: to 2**30 - 2")
         needed = 2 * self.pairs + 3
         if needed > self.length:
             self._refuse(
@@ -68,7 +70,7 @@ class AssociativeRecall(Source):
     @property
     def vocab(self) -> int:
         """Number of tokens: padding, BOS, EOS, keys and values."""
-        return KEY + 2 * self.keys
+        return KEY + 2 * self.num_keys
 
     @property
     def queries(self) -> int:
@@ -78,12 +80,13 @@ class AssociativeRecall(Source):
     @property
     def chance(self) -> float:
         """The accuracy of a guess among all values, or all keys."""
-        return 1 / self.keys
+        return 1 / self.num_keys
 
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
-        keys = KEY + draws.subset(self._bits(index, _KEYS), self.keys, self.pairs)
-        values = KEY + draws.subset(self._bits(index, _VALUES), self.keys, self.pairs) + self.keys
+        keys = KEY + draws.subset(self._bits(index, _KEYS), self.num_keys, self.pairs)
+        first_value = KEY + self.num_keys
+        values = first_value + draws.subset(self._bits(index, _VALUES), self.num_keys, self.pairs)
         asked = draws.uniform_ints(self._bits(index, _QUERY), self.pairs, 1)[0]
         query, answer = 1 + 2 * asked, 2 + 2 * asked
         if self.by_value:

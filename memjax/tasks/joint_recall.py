@@ -50,16 +50,16 @@ class JointRecall(Source):
     """A table that has to be recalled by context and key.
 
     The defaults are the published task. A small one: min_contexts = max_contexts = min_keys =
-    max_keys = 5, values = 8, length = 112.
+    max_keys = 5, num_values = 8, length = 112.
 
     Args:
       length: tokens in a row, T, at least 2 + 2 c (2 k + 1) for c = max_contexts, k = max_keys; PAD
         fills up the rest of smaller tables.
       min_contexts, max_contexts: a row's number of contexts is uniform between them.
       min_keys, max_keys: so is the number of keys, the same in all contexts of a row.
-      values: number of values, 2 or more; those of a table are independent and uniform.
-      vocab: tokens 10 to 9 + values are values, then come max_keys keys, out of which a row has a
-        random subset, then max_contexts contexts, likewise.
+      num_values: number of values, 2 or more; those of a table are independent and uniform.
+      vocab: tokens 10 to 9 + num_values are values, then come max_keys keys, out of which a row has
+        a random subset, then max_contexts contexts, likewise.
       seed: 0 to 2**64 - 1.
       split: "train" or "test", two disjoint streams.
     Raises ValueError for settings that are impossible.
@@ -80,7 +80,7 @@ class JointRecall(Source):
     max_contexts: int = 16
     min_keys: int = 5
     max_keys: int = 16
-    values: int = 16
+    num_values: int = 16
     vocab: int = 100
     seed: int = 0
     split: Literal["train", "test"] = "train"
@@ -94,11 +94,11 @@ class JointRecall(Source):
                     f"min_{what}={low} with max_{what}={high} is out of range; allowed: "
                     f"1 <= min_{what} <= max_{what}"
                 )
-        self._check_least(values=2)
-        tokens = VALUE + self.values + self.max_keys + self.max_contexts
+        self._check_least(num_values=2)
+        tokens = VALUE + self.num_values + self.max_keys + self.max_contexts
         if not tokens <= self.vocab <= 2**31:
             self._refuse(
-                f"vocab={self.vocab} is out of range; values={self.values}, "
+                f"vocab={self.vocab} is out of range; num_values={self.num_values}, "
                 f"max_keys={self.max_keys} and max_contexts={self.max_contexts} take {tokens} or "
                 "more, to 2**31"
             )
@@ -117,17 +117,17 @@ class JointRecall(Source):
     @property
     def chance(self) -> float:
         """The query accuracy of a guess among the values; see `counted` for a better one."""
-        return 1 / self.values
+        return 1 / self.num_values
 
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
         u = draws.uniforms(self._bits(index, _SIZES), 2)
         contexts = self.min_contexts + int(u[0] * (self.max_contexts - self.min_contexts + 1))
         keys = self.min_keys + int(u[1] * (self.max_keys - self.min_keys + 1))
-        table = draws.uniform_ints(self._bits(index, _TABLE), self.values, (contexts, keys))
+        table = draws.uniform_ints(self._bits(index, _TABLE), self.num_values, (contexts, keys))
         context_orders = draws.permutations(self._bits(index, _CONTEXT_ORDERS), (2, contexts))
         key_orders = draws.permutations(self._bits(index, _KEY_ORDERS), (2, contexts, keys))
-        first_key = VALUE + self.values
+        first_key = VALUE + self.num_values
         key_tokens = first_key + draws.subset(self._bits(index, _KEYS), self.max_keys, keys)
         context_tokens = draws.subset(self._bits(index, _CONTEXTS), self.max_contexts, contexts)
         context_tokens += first_key + self.max_keys

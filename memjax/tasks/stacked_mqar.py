@@ -38,7 +38,7 @@ class StackedMQAR(Source):
     Args:
       length: vectors in a row, T, at least (passes + 1) * pairs; zeros fill up the rest.
       pairs: N, keys with a value each; every one is asked for, in random order.
-      values: how many values there are, and as many keys; at least `pairs`. The published 4096.
+      num_values: how many values there are, and as many keys; at least `pairs`. The published 4096.
       width: d of a key and of a value.
       passes: how often the writes are repeated, each time in another order; 1 or more.
       table_seed: of the frozen directions, 0 to 2**64 - 1, the same in both splits.
@@ -48,7 +48,7 @@ class StackedMQAR(Source):
 
     `source[i]`, i below 2**31, holds arrays [length]:
       inputs: float32[length, 2 * width], a key and its value, or zeros at a query.
-      targets: int32, at a scored position the number of the value below `values`, else 0.
+      targets: int32, at a scored position the number of the value below `num_values`, else 0.
       mask: bool, whether the position is scored; `queries` of them are.
       distance: int32, at a scored position how many vectors ago its key was last written, else 0.
     and of the whole row
@@ -59,7 +59,7 @@ class StackedMQAR(Source):
 
     length: int = 16
     pairs: int = 8
-    values: int = 4096
+    num_values: int = 4096
     width: int = 64
     passes: int = 1
     table_seed: int = 0
@@ -69,8 +69,10 @@ class StackedMQAR(Source):
     def __post_init__(self):
         super().__post_init__()
         self._check_least(pairs=1, width=1, passes=1)
-        if self.values < self.pairs:
-            self._refuse(f"values={self.values} is out of range; allowed: pairs, {self.pairs}, up")
+        if self.num_values < self.pairs:
+            self._refuse(
+                f"num_values={self.num_values} is out of range; allowed: pairs, {self.pairs}, up"
+            )
         self._check_seed("table_seed")
         needed = (self.passes + 1) * self.pairs
         if needed > self.length:
@@ -87,7 +89,7 @@ class StackedMQAR(Source):
     @property
     def vocab(self) -> int:
         """Values to choose among."""
-        return self.values
+        return self.num_values
 
     @property
     def queries(self) -> int:
@@ -97,23 +99,23 @@ class StackedMQAR(Source):
     @property
     def chance(self) -> float:
         """The query accuracy of a guess among all values."""
-        return 1 / self.values
+        return 1 / self.num_values
 
     @property
     def table(self) -> np.ndarray:
-        """The frozen directions, keys first, then values. float32[2 * values, width]."""
-        return table(int(self.table_seed), 2 * int(self.values), int(self.width))
+        """The frozen directions, keys first, then values. float32[2 * num_values, width]."""
+        return table(int(self.table_seed), 2 * int(self.num_values), int(self.width))
 
     def __getitem__(self, index: int) -> Example:
         index = self._index(index)
-        keys = draws.subset(self._bits(index, _KEYS), self.values, self.pairs)
-        values = draws.subset(self._bits(index, _VALUES), self.values, self.pairs)
+        keys = draws.subset(self._bits(index, _KEYS), self.num_values, self.pairs)
+        values = draws.subset(self._bits(index, _VALUES), self.num_values, self.pairs)
         shape = (self.passes + 1, self.pairs)
         orders = draws.permutations(self._bits(index, _ORDERS), shape)
         written, asked = orders[:-1].ravel(), orders[-1]
         inputs = np.zeros((self.length, self.features), np.float32)
         inputs[: len(written), : self.width] = self.table[keys[written]]
-        inputs[: len(written), self.width :] = self.table[self.values + values[written]]
+        inputs[: len(written), self.width :] = self.table[self.num_values + values[written]]
         at = len(written) + np.arange(self.pairs)
         inputs[at, : self.width] = self.table[keys[asked]]
         last = np.empty(self.pairs, np.int64)  # where each key is written last
@@ -124,8 +126,8 @@ class StackedMQAR(Source):
     def show(self, example: Example) -> list[str]:
         """The numbers of the keys and values that the vectors stand for."""
         keys, values = np.split(example["inputs"], 2, axis=1)
-        key = np.argmax(keys @ self.table[: self.values].T, axis=1)
-        value = np.argmax(values @ self.table[self.values :].T, axis=1)
+        key = np.argmax(keys @ self.table[: self.num_values].T, axis=1)
+        value = np.argmax(values @ self.table[self.num_values :].T, axis=1)
         lines = [f"vectors of {self.features} numbers; numbers of keys and values", ""]
         lines.append("write   position     key   value")
         for at in range(self.passes * self.pairs):
