@@ -61,17 +61,17 @@ WALK = walks_gpu.walk
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number, module, name, mistake",
+    "case, module, name, mistake",
     [
-        (0, walks_gpu, "walk", walks_forward),
-        (1, walks_gpu, "walk", walks_forward),
-        (1, rwkv_rule, "EMPTY", 2.0 * rwkv_rule.EMPTY),
+        (SMALL[0], walks_gpu, "walk", walks_forward),
+        (SMALL[1], walks_gpu, "walk", walks_forward),
+        (CASES["wkv4-only_read"], rwkv_rule, "EMPTY", 2.0 * rwkv_rule.EMPTY),
     ],
 )
-def test_the_check_finds_a_planted_mistake(number, module, name, mistake, monkeypatch):
+def test_the_check_finds_a_planted_mistake(case, module, name, mistake, monkeypatch):
     monkeypatch.setattr(module, name, mistake)
     with pytest.raises(AssertionError, match="off, at most|not finite"):
-        check(SMALL[number])
+        check(case)
 
 
 RACES = """
@@ -143,7 +143,7 @@ def test_how_often_the_kernels_run(op, dtype):
     }
 
 
-@pytest.mark.parametrize("length, chunk", [(4096, 64), (40, 64), (20, 32), (1, 8)])
+@pytest.mark.parametrize("length, chunk", [(4096, 16), (40, 16), (9, 16), (8, 8), (1, 8)])
 def test_chunks(length, chunk):
     x, g = (jax.ShapeDtypeStruct((1, length, 128), a) for a in (jnp.bfloat16, jnp.float32))
     assert walks_gpu.block(scan_rule.RULE, (x, g), 128) == (chunk, 128)
