@@ -83,23 +83,16 @@ test_walks_gpu.check(test_walks_gpu.SMALL[{number}])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("barrier_wait", "RACE DETECTED"),
-        ("commit_smem", "RACE DETECTED"),
-        ("wait_smem_to_gmem", "copy_smem_to_gmem read-side operations completed before"),
-    ],
-)
+@pytest.mark.parametrize("name", ["barrier_wait", "commit_smem", "wait_smem_to_gmem"])
 @pytest.mark.parametrize("number", [0, 1], ids=list(OPS))
-def test_a_missing_wait_is_found(number, name, message):
+def test_a_missing_wait_is_found(number, name):
     """In a process of its own: the interpreter cannot be used again after an error."""
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     code = RACES.format(number=number, name=name)
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True
     )
-    assert done.returncode and message in done.stderr, done.stderr
+    assert done.returncode and "RACE DETECTED" in done.stderr, done.stderr
 
 
 # ---------------------------------------------------------------- refusals, what runs
