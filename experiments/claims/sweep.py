@@ -21,6 +21,7 @@ PARTS = (
     "joint_recall", "chunk_length", "mqar",
 )  # fmt: skip
 READMES = ("../../README.md",)
+GATED = {"mode": "grm", "segment": 4}  # of Memory Caching: 8 segments of 4 tokens bind the pairs
 COLORS = {"holds": "tab:blue", "open": "0.6", "reversed": "tab:red"}
 
 
@@ -87,11 +88,9 @@ def hybrid(text, better, worse):
     )  # fmt: skip
 
 
-def cached(cell):
+def cached(text, cell, better, worse):
     return Claim(
-        f"Memory Caching (2602.24281) over `{cell}`, gated: 8 segments recall more than one",
-        "memory_caching", "query_accuracy", {"cell": cell, "mode": "grm"},
-        {"segment": 4}, {"segment": 32},
+        text, "memory_caching", "query_accuracy", {"cell": cell}, better, worse,
     )  # fmt: skip
 
 
@@ -128,8 +127,13 @@ CLAIMS = (
            "linear_attention, Taylor of 8", "linear_attention, 44 channels"),
     solves(8),
     solves(16),
-    cached("linear_attention"),
-    cached("delta_net"),
+    cached("Memory Caching (2602.24281), gated: 8 segments of DeltaNet recall more than none",
+           "delta_net", GATED, {"mode": "alone"}),
+    cached("8 segments of DeltaNet more than one", "delta_net", GATED, GATED | {"segment": 32}),
+    cached("8 segments of linear attention more than none",
+           "linear_attention", GATED, {"mode": "alone"}),
+    cached("8 segments of linear attention more than one",
+           "linear_attention", GATED, GATED | {"segment": 32}),
     hybrid("B'MOJO (2407.06324) recalls what its window does not see", "bmojo", "window"),
     hybrid("B'MOJO-F, without the store, recalls less", "bmojo", "bmojo_f"),
     chunks("titans", "forgetting_mqar", "query_accuracy", 32, False),

@@ -68,6 +68,7 @@ def draw(rows):
         for row in results.select(rows, cell=cell, mode=ALONE):
             axes.axhline(row["query_accuracy"], color="0.6", linewidth=1, linestyle="--")
         axes.set_xscale("log", base=2)
+        axes.set_xticks([32 // n for n in SEGMENTS], [32 // n for n in SEGMENTS])
         axes.set(
             xlabel="segments that bind the 16 pairs", title=f"{cell}; dashed: alone, a seed each"
         )
