@@ -201,7 +201,8 @@ plt.show()
 # Below an op: its decay (none, one a head, one a channel). `chunk_linear` is linear attention and
 # its gated forms, `chunk_delta` the delta rules (with a decay a channel: KDA). `chunk_linear` is
 # near the bound of memory; `chunk_delta` also waits for the inverse, whose products depend on one
-# another. Missing bars: a plain form that no one would train.
+# another. `linear_scan` (weighted: the RG-LRU) and `wkv4` (RWKV-4) have no products, and memory
+# alone bounds them. Missing bars: a plain form that no one would train, no arithmetic.
 #
 # `pallas_kernels/README.md` has the table, how a kernel is written, and what did not pay. Next:
 # `06_capacity_laws`.

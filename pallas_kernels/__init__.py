@@ -1,6 +1,6 @@
 """Kernels for recurrent memories, with a reference beside each. Needs jax alone.
 
-    from pallas_kernels import chunk_delta, chunk_linear, window_attention
+    from pallas_kernels import chunk_delta, chunk_linear, linear_scan, window_attention, wkv4
     o, state = chunk_linear(q, k, v, g=log_decay)
 
 An op raises NotImplementedError with the reason where no kernel serves; window_attention has a
@@ -10,6 +10,15 @@ plain form for platforms without one. See README.md.
 from pallas_kernels.chunk_delta.api import chunk_delta
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.common import interpreted
+from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.window_attention.api import window_attention
+from pallas_kernels.wkv4.api import wkv4
 
-__all__ = ["chunk_delta", "chunk_linear", "interpreted", "window_attention"]
+__all__ = [
+    "chunk_delta",
+    "chunk_linear",
+    "interpreted",
+    "linear_scan",
+    "window_attention",
+    "wkv4",
+]
