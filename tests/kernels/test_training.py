@@ -12,6 +12,8 @@ from pallas_kernels import interpreted
 STEPS = 50
 MIXERS = {
     "gated_delta_net": {},
+    "rg_lru": {},
+    "rwkv4": {},
     "titans": {"heads": 1, "depth": 1},
     "sliding_window": {"head_dim": 64, "heads": 2, "kv_heads": 1, "window": 9},
 }
