@@ -162,7 +162,8 @@ def tables(rows):
 def draw(rows):
     """Left: MQAR against the bytes of state. Right: the claims that are about accuracies, from the
     mean of the other to that of the one."""
-    figure = Figure(figsize=(13, 6), dpi=120, layout="constrained")
+    shown = [claim for claim in tried(rows) if not claim.less]
+    figure = Figure(figsize=(13, 1 + 0.33 * len(shown)), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     recalled = results.select(rows, experiment="mqar")
     for cell, group in results.grouped(recalled, "cell").items():
@@ -181,7 +182,6 @@ def draw(rows):
         ylim=(-0.02, 1.02), title="MQAR after 1000 steps, one layer, one head",
     )  # fmt: skip
     left.legend(fontsize=8)
-    shown = [claim for claim in tried(rows) if not claim.less]
     for height, claim in enumerate(shown):
         better, worse = (results.mean(group, claim.figure) for group in claim.groups(rows))
         color = COLORS[claim.verdict(rows)]
