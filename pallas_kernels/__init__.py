@@ -8,6 +8,7 @@ plain form for platforms without one. See README.md.
 """
 
 from pallas_kernels.chunk_delta.api import chunk_delta
+from pallas_kernels.chunk_dplr.api import chunk_dplr
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.common import interpreted
 from pallas_kernels.deep_memory.api import deep_memory
@@ -17,6 +18,7 @@ from pallas_kernels.wkv4.api import wkv4
 
 __all__ = [
     "chunk_delta",
+    "chunk_dplr",
     "chunk_linear",
     "deep_memory",
     "interpreted",

@@ -126,7 +126,7 @@ class Static(NamedTuple):
 
 
 class Call(NamedTuple):
-    """static; arrays: q, k, v, g, reset, initial_state, padded to whole chunks."""
+    """static; arrays: keys, v, g, reset, initial_state, padded to whole chunks."""
 
     static: Static
     arrays: tuple
@@ -134,8 +134,7 @@ class Call(NamedTuple):
 
 def call(
     name: str,
-    q,
-    k,
+    keys: dict[str, Any],
     v,
     g,
     initial_state,
@@ -146,19 +145,24 @@ def call(
     *,
     size_of,
     beta=None,
+    channels: bool = False,
+    platforms: tuple[str, ...] = ("tpu", "gpu"),
 ) -> Call:
     """What an op hands to its kernel; NotImplementedError when that does not serve.
 
-    Heads that share q and k read them where they lie on GPUs; for TPUs they are repeated.
+    keys: by name q, k and what has their shape. Heads that share them read them where they lie on
+    GPUs; for TPUs they are repeated. channels: there is a decay for each channel. platforms: those
+    with a kernel.
     """
-    check_shapes(name, q, k, v, beta, g, initial_state, reset)
+    check_shapes(name, keys, v, beta, g, initial_state, reset, channels)
     interpret, platform, generation = target(platform)
-    if platform not in ("tpu", "gpu"):
+    if platform not in platforms:
         raise NotImplementedError(
-            f"{name} has kernels for tpu and gpu, none for {platform}; use a plain form"
+            f"{name} has kernels for {' and '.join(platforms)}, none for {platform}; use a plain "
+            "form"
         )
-    check_served(name, q, k, v)
-    limit = None
+    check_served(name, keys, v)
+    limit, q = None, keys["q"]
     if platform == "gpu":
         block = plan_gpu(name, v, chunk, interpret)
     elif has_small_memory(generation):
@@ -167,8 +171,9 @@ def call(
         block, limit = plan(name, q, v, g, chunk, size_of, LARGE), LIMIT
     batch, _, heads, size = v.shape
     width = q.shape[-1]
+    of_keys = tuple(keys.values())
     if platform == "tpu":
-        q, k = (jnp.repeat(a, heads // a.shape[2], axis=2) for a in (q, k))
+        of_keys = tuple(jnp.repeat(a, heads // a.shape[2], axis=2) for a in of_keys)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, size))
     if g is None and reset is not None:
@@ -177,25 +182,25 @@ def call(
     scale = float(width**-0.5 if scale is None else scale)
     static = Static(scale, *block, interpret, limit, platform)
     # A token of zeros changes nothing.
-    return Call(static, (*padded((q, k, v, g, reset), block.chunk), initial_state))
+    return Call(static, (*padded((*of_keys, v, g, reset), block.chunk), initial_state))
 
 
-def check_shapes(name: str, q, k, v, beta, g, initial_state, reset) -> None:
+def check_shapes(name: str, keys, v, beta, g, initial_state, reset, channels) -> None:
     """ValueError for shapes that do not fit together."""
+    q, names = keys["q"], ", ".join([*keys, "v"])
     if v.ndim != 4 or q.ndim != 4:
-        raise ValueError(f"{name}: q, k, v must be [B, T, h, D]; given {q.shape}, {v.shape}")
+        raise ValueError(f"{name}: {names} must be [B, T, h, D]; given {q.shape}, {v.shape}")
     batch, length, heads, size = v.shape
     fewer, width = q.shape[2:]
     wanted = {
-        "q": (q, (batch, length, fewer, width)),
-        "k": (k, (batch, length, fewer, width)),
+        **{leaf: (array, (batch, length, fewer, width)) for leaf, array in keys.items()},
         "reset": (reset, (batch, length)),
         "initial_state": (initial_state, (batch, heads, width, size)),
         "beta": (beta, (batch, length, heads)),
-        "g": (g, (batch, length, heads)),
+        "g": (g, (batch, length, heads, *([width] if channels else []))),
     }
     for leaf, (array, shape) in wanted.items():
-        by_channel = leaf == "g" and array is not None and array.shape == (*shape, width)
+        by_channel = leaf == "g" and array is not None and array.shape == (*shape[:3], width)
         if array is not None and array.shape != shape and not by_channel:
             raise ValueError(f"{name}: {leaf} must be {list(shape)}; given {list(array.shape)}")
     if reset is not None and reset.dtype != bool:
@@ -206,12 +211,13 @@ def check_shapes(name: str, q, k, v, beta, g, initial_state, reset) -> None:
         raise ValueError(f"{name}: {fewer} heads of q and k do not divide the {heads} of v")
 
 
-def check_served(name: str, q, k, v) -> None:
+def check_served(name: str, keys, v) -> None:
     """NotImplementedError for dtypes and head dimensions that no kernel takes."""
-    if not q.dtype == k.dtype == v.dtype or v.dtype not in (jnp.float32, jnp.bfloat16):
+    q, dtypes = keys["q"], [str(a.dtype) for a in (*keys.values(), v)]
+    if set(dtypes) not in ({"float32"}, {"bfloat16"}):
         raise NotImplementedError(
-            f"{name} takes q, k, v all float32 or all bfloat16; given {q.dtype}, {k.dtype}, "
-            f"{v.dtype}"
+            f"{name} takes {', '.join([*keys, 'v'])} all float32 or all bfloat16; given "
+            f"{', '.join(dtypes)}"
         )
     if {q.shape[-1], v.shape[-1]} - set(WIDTHS):
         raise NotImplementedError(
@@ -254,18 +260,28 @@ def has_small_memory(generation: str) -> bool:
 
 
 def vmem(
-    tokens: int, heads: int, width: int, size: int, like, *, states: int, pairs: int, logs: int
+    tokens: int,
+    heads: int,
+    width: int,
+    size: int,
+    like,
+    *,
+    states: int,
+    pairs: int,
+    logs: int,
+    keys: int = 2,
 ) -> int:
     """Bytes of VMEM of a backward kernel, about what is compiled for v4, which needs most.
 
-    7 arrays of tokens, each in two buffers and turned once (float32 ones twice); `states` bytes for
-    each number of the heads' states, `pairs` arrays [C, C] of each head that leave the registers,
-    and, with a decay of each channel, `logs` float32 arrays [C, K] besides g and dg.
+    Arrays of tokens, `keys` of width K (q, k), v and their gradients, each in two buffers and
+    turned once (float32 ones twice); `states` bytes for each number of the heads' states, `pairs`
+    arrays [C, C] of each head that leave the registers, and, with a decay of each channel, `logs`
+    float32 arrays [C, K] besides g and dg.
     """
     width, size = max(width, 128), max(size, 128)  # lanes
     copies = 4 if like.dtype == jnp.float32 else 3
     rows = tokens * (heads + -heads % 8)
-    of_tokens = copies * rows * (4 * width + 3 * size) * like.dtype.itemsize
+    of_tokens = copies * rows * (2 * keys * width + 3 * size) * like.dtype.itemsize
     of_tokens += (6 * rows * width * 4) if logs else 0
     of_heads = states * width * size + pairs * tokens**2 * 4 + logs * tokens * width * 4
     return of_tokens + heads * of_heads

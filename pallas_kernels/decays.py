@@ -100,10 +100,11 @@ def gradient_shapes(arrays) -> tuple:
     return (shape if len(shape) == 4 else (*shape[:-1], shape[-1] // 2),)
 
 
-def of_heads(values, heads: int, split: Callable, like) -> list:
+def of_heads(values, heads: int, split: Callable, like, **channels) -> list:
     """The decay of each head from the blocks of `arrays`.
 
     split: what makes `parts` of a float32 factor: its precision. like: the dtype of the op.
+    channels: count and lowest of `channel_decays.of_heads`.
     """
     if not values:
         return [Decay(split)] * heads
@@ -111,7 +112,7 @@ def of_heads(values, heads: int, split: Callable, like) -> list:
         logs = jnp.maximum(turned(values[0]), LOWEST)
         if values[1:]:
             logs = jnp.where(values[1] > 0, LOWEST, logs)
-        return channel_decays.of_heads(logs, *values[1:], split=split, like=like)
+        return channel_decays.of_heads(logs, *values[1:], split=split, like=like, **channels)
     return [by_head(values, head, heads, split) for head in range(heads)]
 
 
@@ -160,9 +161,11 @@ class Decay:
     through: Any = None
     between: Any = None
 
-    def pairs(self, xs, y, split) -> Generator[None, None, Any]:
-        """x.D.y for each x [C, K], as all that waits for products, a generator for
-        `products.in_step`; y [C, K]; split: of the factors, where they are not exact."""
+    def pairs(self, xs, ys, split) -> Generator[None, None, Any]:
+        """x.D.y for each x [C, K], those of each y [C, K] side by side, as all that waits for
+        products a generator for `products.in_step`; with one decay for all channels there is one
+        y. split: of the factors, where they are not exact."""
+        (y,) = ys
         products = dot(jnp.concatenate(xs), y, 1, 1)
         yield
         return [self._lower(x) for x in jnp.split(products, len(xs))]
@@ -173,15 +176,15 @@ class Decay:
         i, j = places(x.shape[0])
         return jnp.where(i >= j, x, 0)
 
-    def pairs_back(self, xs, y, pairs, dpairs) -> Generator[None, None, Any]:
-        """(dx of each x, dy, what `log_gradient` needs) from what `pairs` gave and its gradients,
-        which need not be masked."""
+    def pairs_back(self, xs, ys, pairs, dpairs) -> Generator[None, None, Any]:
+        """(dx of each x, dy of each y, what `log_gradient` needs) from what `pairs` gave and its
+        gradients, which need not be masked."""
         crossing = sum(d * x for d, x in zip(dpairs, pairs, strict=True))
         yield
         dpairs = [self.split(self._lower(d)) for d in dpairs]
-        dxs = [dot_in_parts(d, (y,), 1, 0) for d in dpairs]
+        dxs = [dot_in_parts(d, tuple(ys), 1, 0) for d in dpairs]
         dy = sum(dot(d[0].astype(x.dtype), x, 0, 0) for d, x in zip(dpairs, xs, strict=True))
-        return dxs, dy, crossing
+        return dxs, [dy], crossing
 
     def across(self, x, state, factor):
         """(x factor) S [C, V]; x [C, K], S [K, V] in parts; factor: since_start or to_end."""

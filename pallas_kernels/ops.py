@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta.api import chunk_delta
+from pallas_kernels.chunk_dplr import reference as dplr
+from pallas_kernels.chunk_dplr.api import chunk_dplr
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.deep_memory import reference as deep
@@ -41,6 +43,7 @@ OPS = {
     ("chunk_delta", "none"): (chunk_delta, delta.chunked),
     ("chunk_delta", "head"): (chunk_delta, delta.chunked),
     ("chunk_delta", "channel"): (chunk_delta, partial(delta.chunked, chunk=16)),
+    ("chunk_dplr", "channel"): (chunk_dplr, dplr.chunked),
     ("deep_memory", "momentum"): (
         partial(deep_memory, frozen_chunk=FROZEN),
         partial(deep.chunked, frozen_chunk=FROZEN),
@@ -59,7 +62,9 @@ WALKS = {"linear_scan": ("x", "g"), "wkv4": ("v", "k", "w", "u")}
 
 # Those that have kernels of ours for GPUs.
 ON_GPU = {
-    case: runs for case, runs in OPS.items() if case[0] not in ("deep_memory", "window_attention")
+    case: runs
+    for case, runs in OPS.items()
+    if case[0] not in ("chunk_dplr", "deep_memory", "window_attention")
 }
 
 
@@ -73,6 +78,7 @@ def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
     given |= {"beta": rate} if op == "chunk_delta" else {}
+    given |= dict.fromkeys("ab", given["k"]) if op == "chunk_dplr" else {}
     if op == "deep_memory":
         steps = jax.ShapeDtypeStruct((*shape[:3], 1), jnp.float32)
         start = jax.ShapeDtypeStruct((*shape[2:], shape[3]), jnp.float32)

@@ -12,7 +12,9 @@ import numpy as np
 class Spec:
     """Shapes and hard inputs of one case.
 
-    beta: the range of the delta rule's rates, None without one. decay: "none", "head" (one for
+    beta: the range of the delta rule's rates, None without one. removal: that of the rates r of
+    each channel with b = -r a, a of norm 1, which shares with its fellows what keys share, and is
+    -k / |k| where those are alike; None without a and b. decay: "none", "head" (one for
     each head), "channel" (one for each of its K). gate: what the log decays of softplus size are
     multiplied by. strong: a further factor of one in twenty, up to infinity. keys: "random",
     "equal", "cosine" (.9 with each other), of this norm. resets: tokens of the first row where a
@@ -30,6 +32,7 @@ class Spec:
     chunk: int | None = None
     dtype: str = "float32"
     beta: tuple[float, float] | None = None
+    removal: tuple[float, float] | None = None
     decay: str = "head"
     gate: float = 1.0
     strong: float = 1.0
@@ -43,8 +46,8 @@ class Spec:
         return self.name
 
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray | None]:
-        """q, k, v, beta if there is one, g, reset and initial_state as numpy arrays; q, k and v are
-        float32 that `dtype` holds exactly."""
+        """q, k, v, beta, a and b if there are, g, reset and initial_state as numpy arrays; q, k, v,
+        a and b are float32 that `dtype` holds exactly."""
         rng = np.random.default_rng(seed)
         heads = self.key_heads or self.H
         q, k = (rng.standard_normal((self.B, self.T, heads, self.K)) for _ in range(2))
@@ -73,6 +76,10 @@ class Spec:
         if self.beta is not None:
             rates = rng.uniform(*self.beta, (self.B, self.T, self.H))
             arrays["beta"] = rates.astype(np.float32)
+        if self.removal is not None:
+            a = k if self.keys != "random" else rng.standard_normal(k.shape)
+            a = held(-a / np.linalg.norm(a, axis=-1, keepdims=True), self.dtype)
+            arrays |= {"a": a, "b": held(-rng.uniform(*self.removal, a.shape) * a, self.dtype)}
         return arrays | {"g": g, "reset": reset, "initial_state": state}
 
 

@@ -22,7 +22,7 @@ transform). The corrections R are the rows that the delta rule or DPLR adds:
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,32 +121,39 @@ class MatrixMemory(MemoryCell):
         return self.answer(y).astype(xs.q.dtype), new
 
     def pallas(self, params, state, xs, reset, write):
-        """The kernels of `pallas_kernels`, for linear attention, delta rules and their forms with
-        decays."""
-        from pallas_kernels import chunk_delta, chunk_linear
-
-        q, k, v, g, beta, *others = self.terms(xs)
-        if not self.linear or k.ndim != q.ndim or any(x is not None for x in others):
+        """`kernel` for tokens that are all written, for all heads."""
+        q, k, v, g, beta, p, a, b = self.terms(xs)
+        if not self.linear or k.ndim != q.ndim or p is not None:
             return super().pallas(params, state, xs, reset, write)
         heads = memories(params, state, xs)
 
-        def repeated(leaf, count=heads):
-            return jnp.repeat(leaf, count // leaf.shape[2], axis=2)
+        def repeated(tree, count=heads):
+            return jax.tree.map(lambda x: jnp.repeat(x, count // x.shape[2], axis=2), tree)
 
-        v, g, beta = jax.tree.map(repeated, (v, g, beta))
+        v, g, beta = repeated((v, g, beta))
         if write is not None and write.ndim == 2:
             write = write[..., None]
-        count = max(leaf.shape[2] for leaf in (q, k, write) if leaf is not None)
-        q, k = (repeated(leaf, count) for leaf in (q, k))
+        count = max(leaf.shape[2] for leaf in (q, k, a, b, write) if leaf is not None)
+        q, *keys = repeated((q, k, a, b), count)
         if write is not None:  # a token of zeros changes nothing
-            k = select(repeated(write, count), k, jnp.zeros_like(k))
+            keys = select(repeated(write, count), keys, jax.tree.map(jnp.zeros_like, keys))
             zeros = jax.tree.map(jnp.zeros_like, (v, g, beta))
             v, g, beta = select(repeated(write), (v, g, beta), zeros)
-        given = dict(g=g, initial_state=state, reset=reset, scale=self.factor)
-        given["platform"] = mesh_platform()
+        k, a, b = keys
+        given = dict(initial_state=state, reset=reset, scale=self.factor, platform=mesh_platform())
+        return self.kernel(Terms(q, k, v, g, beta, p, a, b), given)
+
+    def kernel(self, terms: Terms, given: dict[str, Any]) -> tuple[Array, Array]:
+        """That of `pallas_kernels` for linear attention, delta rules and their forms with decays.
+
+        given: what its kernels take besides.
+        """
+        from pallas_kernels import chunk_delta, chunk_linear
+
+        q, k, v, g, beta, *_ = terms
         if beta is None:
-            return chunk_linear(q, k, v, **given)
-        return chunk_delta(q, k, v, beta, **given)
+            return chunk_linear(q, k, v, g=g, **given)
+        return chunk_delta(q, k, v, beta, g=g, **given)
 
     @per_state
     def fold(self, params, state, xs, reset, write):

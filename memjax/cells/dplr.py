@@ -36,14 +36,25 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DPLR(MatrixMemory):
-    """State S [K, V]."""
+    """State S [K, V].
+
+    lowest: what no log decay is below, by which the kernel takes fewer products; None for any.
+    """
 
     inputs = Inputs
+    lowest: float | None = None
 
     def write(self, params, state, x):
         erased = dot("k,kv->v", x.a, state)
         state = jnp.exp(x.g)[:, None] * state
         return state + jnp.outer(x.b, erased) + jnp.outer(x.k, x.v)
+
+    def kernel(self, terms, given):
+        """`chunk_dplr`."""
+        from pallas_kernels import chunk_dplr
+
+        q, k, v, g, _, _, a, b = terms
+        return chunk_dplr(q, k, v, a, b, g, lowest=self.lowest, **given)
 
 
 class DPLRMixer(ProjectionMixer):

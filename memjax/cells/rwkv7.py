@@ -10,6 +10,8 @@ eigenvalues are real and between min(w) - 1 and 1. Products of them are contract
 same in all channels; when it varies they may grow, the alternation of two tokens by 1.23 a pair.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ from memjax.registry import CellSpec, ChannelSpec, register
 from memjax.typing import DTypeLike
 
 VALUE = "rwkv7_value"  # what the first layer publishes: its values
+LOWEST = -math.exp(-0.5)  # of the log decays
 
 
 class RWKV7Mixer(Mixer):
@@ -56,7 +59,8 @@ class RWKV7Mixer(Mixer):
     def make_cell(self):
         if self.dim % self.heads:
             raise ValueError(f"rwkv7: dim {self.dim} does not divide into {self.heads} heads")
-        return DPLR(self.dim // self.heads, self.dim // self.heads, scale=1.0)
+        size = self.dim // self.heads
+        return DPLR(size, size, scale=1.0, lowest=LOWEST)
 
     def published(self, batch, length, carried):
         shape = batch, length, self.heads, self.dim // self.heads
@@ -132,9 +136,9 @@ class RWKV7Mixer(Mixer):
             "scale": vector("norm_scale", flat * depth**0.7),
             "bias": vector("norm_bias", 0 * flat),
         }
-        decay = -jnp.exp(-0.5) * jax.nn.sigmoid(omega)
-        k, removed = k.astype(v.dtype), removed.astype(v.dtype)
-        return Inputs(r, k, v, -removed, rate * removed, decay), kept, {"shift": shift}
+        decay = LOWEST * jax.nn.sigmoid(omega)
+        k, read, erased = (x.astype(v.dtype) for x in (k, -removed, rate * removed))
+        return Inputs(r, k, v, read, erased, decay), kept, {"shift": shift}
 
     def outputs(self, y, kept):
         y = standardise(y, True, 64e-5) * kept["scale"] + kept["bias"]
@@ -170,7 +174,7 @@ class RWKV7ChannelMix(nn.Module):
 register(
     CellSpec(
         name="rwkv7",
-        cell=lambda: DPLR(8, 6, scale=1.0),
+        cell=lambda: DPLR(8, 6, scale=1.0, lowest=LOWEST),
         mixer=RWKV7Mixer,
         paper="Peng et al. 2025, arXiv 2503.14456",
         recurrence="S = diag(w) S − (a κ)(κᵀS) + k vᵀ, rates a per channel: dplr in RWKV-7's layer",

@@ -57,7 +57,7 @@ def chunk_delta(
         pairs=41 if v.dtype == jnp.float32 else 16,
         logs=0 if g is None or g.ndim == 3 else 34,
     )
-    given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
+    given = ({"q": q, "k": k}, v, g, initial_state, reset, scale, chunk, platform)
     call = common.call(NAME, *given, size_of=size_of, beta=beta)
     beta = common.padded(beta.astype(jnp.float32), call.static.chunk)
     o, state = _op(call.static, *call.arrays[:3], beta, *call.arrays[3:])

@@ -81,7 +81,7 @@ def chunked(q, k, v, beta, g=None, reset=None, initial_state=None, scale=None, c
     pairs = exp(visible, total[..., :, None, :] - total[..., None, :, :])  # [..., C, C, 1 or K]
     since_start, to_end = exp(first, total), exp(ending, total[..., -1:, :] - total)
     seen = since_start * k
-    solve = _inverse(beta[..., None] * jnp.tril(products(k, k), -1))
+    solve = inverse(beta[..., None] * jnp.tril(products(k, k), -1))
     solve = solve * beta[..., None, :]
 
     def walk(state, x):
@@ -98,7 +98,7 @@ def chunked(q, k, v, beta, g=None, reset=None, initial_state=None, scale=None, c
     return o.astype(v.dtype), final
 
 
-def _inverse(lower):
+def inverse(lower):
     """(I + L)^-1 of strictly lower L, blocks doubling."""
     size = lower.shape[-1]
     i, j = jnp.arange(size)[:, None], jnp.arange(size)

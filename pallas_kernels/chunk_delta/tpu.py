@@ -61,7 +61,7 @@ def kernel(*refs, decaying, keep, scale):
     def outputs_of(head, decay):
         q, k, v, state = queries[head], keys[head], values[head], state_ref[head]
         rates, low = beta[:, head : head + 1], (state.astype(dtype),)
-        scores, alike = yield from decay.pairs([q, k], k, split)
+        scores, alike = yield from decay.pairs([q, k], [k], split)
         inverse = yield from unit_lower_inverse(strictly_lower(rates * alike), dtype)
         if keep:
             kept[0][head], kept[1][head] = state, inverse

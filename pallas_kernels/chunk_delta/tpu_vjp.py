@@ -53,8 +53,8 @@ def kernel(*refs, decaying, scale):
         yield
         written = split(rows)
         rough = partial(rounded, like=dtype)
-        (scores,) = yield from decay.pairs([q], k, rough)
-        (alike,) = yield from decay.pairs([k], k, rough)
+        (scores,) = yield from decay.pairs([q], [k], rough)
+        (alike,) = yield from decay.pairs([k], [k], rough)
         # back through it
         answered = scale * dot_in_parts(split(scores), (do,), 0, 0)
         drows = answered + decay.across(k, dlow, decay.to_end)
@@ -69,7 +69,8 @@ def kernel(*refs, decaying, scale):
             -beta * strictly_lower(dlower),
         ]
         yield
-        (dq, dk), dy, crossing = yield from decay.pairs_back([q, k], k, [scores, alike], dpairs)
+        made = decay.pairs_back([q, k], [k], [scores, alike], dpairs)
+        (dq, dk), (dy,), crossing = yield from made
         dv = beta * dwanted
         dread = scale * decays.times(dot_in_parts((do,), low, 1, 1), decay.since_start)
         yield

@@ -51,7 +51,7 @@ def chunk_linear(
         pairs=10,
         logs=0 if g is None or g.ndim == 3 else 26,
     )
-    given = (q, k, v, g, initial_state, reset, scale, chunk, platform)
+    given = ({"q": q, "k": k}, v, g, initial_state, reset, scale, chunk, platform)
     call = common.call(NAME, *given, size_of=size_of)
     o, state = _op(call.static, *call.arrays)
     return checkpoint_name((o[:, : v.shape[1]], state), "memory_out")

@@ -44,7 +44,7 @@ def kernel(*refs, decaying, keep, scale):
             bounds_ref[0][head] = state.astype(dtype)
         read = decay.across(q, split(state), decay.since_start)
         yield
-        (scores,) = yield from decay.pairs([q], k, split)
+        (scores,) = yield from decay.pairs([q], [k], split)
         answer = read + dot(scores.astype(dtype), v, 1, 0)
         yield
         state_ref[head] = decay.over(state) + decay.into(k, v, decay.to_end)

@@ -45,10 +45,10 @@ def kernel(*refs, decaying, scale):
         q, k, v, do = queries[head], keys[head], values[head], douts[head]
         state, dstate = bounds_ref[head], dstate_ref[head]
         low = split(dstate)
-        scores = yield from decay.pairs([q], k, split)
+        scores = yield from decay.pairs([q], [k], split)
         dscores = [scale * dot(do, v, 1, 1)]
         yield
-        (dq,), dk, crossing = yield from decay.pairs_back([q], k, scores, dscores)
+        (dq,), (dk,), crossing = yield from decay.pairs_back([q], [k], scores, dscores)
         answered = scale * dot(scores[0].astype(dtype), do, 0, 0)
         dv = answered + decay.across(k, low, decay.to_end)
         yield

@@ -63,7 +63,7 @@ def deep_memory(
         raise NotImplementedError(
             f"{NAME} has kernels for tpu, none for {platform}; use a plain form"
         )
-    common.check_served(NAME, q, k, v)
+    common.check_served(NAME, {"q": q, "k": k}, v)
     context = rates.shape[-1]
     rule = tpu.Rule(m is not None, context, reset is not None, loss, 1)
     static = _plan(q, v, rule, chunk, frozen_chunk, generation, interpret)

@@ -52,10 +52,10 @@ def window_attention(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     given = dict(window=window, scale=scale)
     if platform == "tpu":
-        common.check_served(NAME, q, k, v)
+        common.check_served(NAME, {"q": q, "k": k}, v)
         o = _on_tpu(q, k, v, window, reset, scale, block, interpret)
     elif platform == "gpu":
-        common.check_served(NAME, q, k, v)
+        common.check_served(NAME, {"q": q, "k": k}, v)
         _check_cudnn(q, k, v, reset, interpret)
         try:
             o = gpu.attend(q, k, v, **given)

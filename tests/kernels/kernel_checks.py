@@ -39,15 +39,15 @@ def marked(cases: dict[str, Case]) -> list:
 def results(op, spec: Spec, dtype, longer: float = 1.0) -> dict[str, np.ndarray]:
     """Outputs and gradients of everything an op can be differentiated by, as float64.
 
-    dtype: of q, k and v; the others are float32, or float64 with them. The cotangent of o is held
-    by the spec's dtype. longer: a factor of k. A state of several arrays is a dict.
+    dtype: of q, k, v, a and b; the others are float32, or float64 with them. The cotangent of o is
+    held by the spec's dtype. longer: a factor of k and a. A state of several arrays is a dict.
     """
     given = spec.inputs()
-    given["k"] = longer * np.float64(given["k"])
+    given |= {name: longer * np.float64(given[name]) for name in ("k", "a") if name in given}
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     reset = given.pop("reset")
     x = {
-        name: jnp.asarray(array, dtype if name in ("q", "k", "v") else wide)
+        name: jnp.asarray(array, dtype if name in tuple("qkvab") else wide)
         for name, array in given.items()
         if array is not None
     }
@@ -71,9 +71,10 @@ def results(op, spec: Spec, dtype, longer: float = 1.0) -> dict[str, np.ndarray]
 def heads_repeated(reference):
     """A reference that takes fewer heads of q and k too."""
 
-    def run(q, k, v, **options):
-        q, k = (jnp.repeat(a, v.shape[2] // a.shape[2], axis=2) for a in (q, k))
-        return reference(q, k, v, **options)
+    def run(v, **given):
+        keys = [name for name in tuple("qkab") if name in given]
+        given |= {n: jnp.repeat(given[n], v.shape[2] // given[n].shape[2], axis=2) for n in keys}
+        return reference(v=v, **given)
 
     return run
 
@@ -90,6 +91,7 @@ def cell_inputs(cell, dtype=np.float32) -> tuple[Any, dict[str, Any]]:
         "value": (heads, lambda x: x),
         "log_decay": (heads, lambda x: -np.abs(x)),
         "rate": (1, lambda x: np.abs(x) % 1),
+        "multiple": (1, lambda x: x / 8),
     }
 
     def leaf(field):

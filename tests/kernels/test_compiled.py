@@ -82,6 +82,14 @@ def test_other_heads_fit_too(op, heads, key, value, dtype, decay):
 
 
 @pytest.mark.slow
+def test_twelve_heads_of_rwkv7_fit_too():
+    given = ops.arguments("chunk_dplr", "channel", (1, 512, 12, 64), jnp.bfloat16)
+    op, _ = ops.OPS["chunk_dplr", "channel"]
+    run = ops.function(op, "both", platform="tpu", lowest=-0.61)
+    deviceless.compile_for("v4", run, given, given["v"])
+
+
+@pytest.mark.slow
 def test_twice_the_tokens_cost_twice_the_cycles():
     def cycles(batch, length, heads):
         given = ops.arguments("chunk_linear", "none", (batch, length, heads, 128), jnp.bfloat16)

@@ -239,7 +239,7 @@ def test_how_often_the_kernels_for_channels_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [name for name in CELLS if name != "dplr"])
 def test_cells_run_them(name):
     cell = CELLS[name]
     xs, given = kernel_checks.cell_inputs(cell, jnp.bfloat16)

@@ -1,6 +1,7 @@
 """Every op: against its reference, by the interpreters, as lowered, and through the cells."""
 
 import dataclasses
+import itertools
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -16,16 +17,21 @@ from jax.experimental.pallas import tpu as pltpu
 import memjax
 from memjax.cells.delta_net import DeltaNet
 from memjax.cells.delta_product import DeltaProduct
+from memjax.cells.dplr import DPLR
 from memjax.cells.gated_delta_net import GatedDeltaNet
 from memjax.cells.gla import GLA
 from memjax.cells.kda import KDA
 from memjax.cells.linear_attention import LinearAttention
 from memjax.cells.simple_gla import SimpleGLA
-from pallas_kernels import chunk_delta, chunk_linear, decays, interpreted, ops
+from pallas_kernels import chunk_delta, chunk_dplr, chunk_linear, decays, interpreted, ops
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta import specs as delta_specs
 from pallas_kernels.chunk_delta import tpu as delta_tpu
 from pallas_kernels.chunk_delta import tpu_vjp as delta_vjp
+from pallas_kernels.chunk_dplr import reference as dplr
+from pallas_kernels.chunk_dplr import specs as dplr_specs
+from pallas_kernels.chunk_dplr import tpu as dplr_tpu
+from pallas_kernels.chunk_dplr import tpu_vjp as dplr_vjp
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear import specs as linear_specs
 from pallas_kernels.chunk_linear import tpu as linear_tpu
@@ -35,7 +41,9 @@ from pallas_kernels.specs import Spec
 OPS = {
     "chunk_linear": (chunk_linear, linear, linear_specs.SPECS),
     "chunk_delta": (chunk_delta, delta, delta_specs.SPECS),
+    "chunk_dplr": (chunk_dplr, dplr, dplr_specs.SPECS),
 }
+MODULES = (linear_tpu, linear_vjp, delta_tpu, delta_vjp, dplr_tpu, dplr_vjp)
 
 
 def race():
@@ -77,7 +85,7 @@ def test_no_races_and_no_uninitialised_memory(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
+@pytest.mark.parametrize("module", MODULES)
 def test_a_walk_in_parallel_is_found(module, monkeypatch):
     """Chunks wait for each other; by one core the interpreter would not notice."""
     parallel = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
@@ -88,8 +96,15 @@ def test_a_walk_in_parallel_is_found(module, monkeypatch):
         check(CASES[f"{op}-resets"], race())
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["no_decay_resets", "gate_mixed", "channel_resets"])
+@pytest.mark.parametrize(
+    "op, name",
+    [
+        *itertools.product(
+            ("chunk_linear", "chunk_delta"), ("no_decay_resets", "gate_mixed", "channel_resets")
+        ),
+        ("chunk_dplr", "channel_resets"),
+    ],
+)
 def test_the_chunked_reference_is_the_token_loop(op, name):
     spec, reference = CASES[f"{op}-{name}"].spec, OPS[op][1]
     with contract.x64(True):
@@ -117,21 +132,23 @@ def forgets_the_middle(decay):
     return dataclasses.replace(decay, near=(up, jnp.ones_like(down)))
 
 
+MISTAKES = {
+    ("resets", sees_later): MODULES[:4],
+    ("resets", keeps_all): MODULES[:4],
+    ("channel", keeps_all): MODULES,
+    ("channel", forgets_a_level): MODULES[:4],
+    ("channel", forgets_the_middle): MODULES[:4],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, mistake",
-    [
-        ("resets", sees_later),
-        ("resets", keeps_all),
-        ("channel", keeps_all),
-        ("channel", forgets_a_level),
-        ("channel", forgets_the_middle),
-    ],
+    "module, name, mistake",
+    [(module, *mistake) for mistake, modules in MISTAKES.items() for module in modules],
 )
-@pytest.mark.parametrize("module", [linear_tpu, linear_vjp, delta_tpu, delta_vjp])
 def test_the_check_finds_a_planted_mistake(module, name, mistake, monkeypatch):
-    def mistaken(*given):
-        return list(map(mistake, decays.of_heads(*given)))
+    def mistaken(*given, **more):
+        return list(map(mistake, decays.of_heads(*given, **more)))
 
     fake = SimpleNamespace(**{**vars(decays), "of_heads": mistaken})
     monkeypatch.setattr(module, "decays", fake)
@@ -140,10 +157,55 @@ def test_the_check_finds_a_planted_mistake(module, name, mistake, monkeypatch):
         check(CASES[f"{op}-{name}"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("module, name", [(dplr_tpu, "earlier"), (dplr_vjp, "later")])
+def test_the_check_finds_what_reads_a_token_late(module, name, monkeypatch):
+    monkeypatch.setattr(module, name, lambda x, first=0.0: x)
+    with pytest.raises(AssertionError, match="off, at most"):
+        check(CASES["chunk_dplr-ragged"])
+
+
+SLOW = dict(decay="channel", gate=0.2, removal=(0, 1), T=64, H=1, chunk=32, resets=(0, 7, 33))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slow_decays(dtype):
+    """With `lowest` all pairs of a chunk are one product, those of documents apart."""
+    spec, lowest = Spec(name="slow", dtype=dtype, **SLOW), -1.1
+    assert spec.inputs()["g"].min() > lowest
+    op = partial(chunk_dplr, chunk=spec.chunk, lowest=lowest)
+    with interpreted():
+        kernel_checks.check(op, dplr.sequential, partial(dplr.chunked, chunk=32), spec)
+
+
+def test_slow_decays_take_fewer_products():
+    def flops(**more):
+        op = ops.function(chunk_dplr, "both", platform="tpu", **more)
+        given = arrays("chunk_dplr")
+        return ops.work(op, given, given["v"])[0]
+
+    assert flops(lowest=-20) == flops() > 1.2 * flops(lowest=-0.61)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(lowest=0.5), ValueError, "lowest must be at most 0, as log decays are; given 0.5"),
+        (dict(platform="gpu"), NotImplementedError, "has kernels for tpu, none for gpu; use"),
+    ],
+)
+def test_what_chunk_dplr_alone_refuses(options, error, message):
+    given = {"platform": "tpu"} | options
+    with pytest.raises(error, match=f"chunk_dplr:? {message}"):
+        jax.eval_shape(lambda arrays: chunk_dplr(**arrays, **given), arrays("chunk_dplr"))
+
+
 # ---------------------------------------------------------------- refusals
 
 
-def arrays(op="chunk_linear", heads=2, width=64, dtype=jnp.float32, decay="head"):
+def arrays(op="chunk_linear", heads=2, width=64, dtype=jnp.float32):
+    decay = "channel" if op == "chunk_dplr" else "head"
     return ops.arguments(op, decay, (1, 32, heads, width), dtype)
 
 
@@ -171,17 +233,19 @@ def test_a_refusal_has_its_reason(op, changes, options, message):
     "changes, message",
     [
         ({"k": (1, 31, 2, 64)}, r"k must be \[1, 32, 2, 64\]; given \[1, 31, 2, 64\]"),
-        ({"g": (1, 32, 4)}, r"g must be \[1, 32, 2\]; given \[1, 32, 4\]"),
+        ({"g": (1, 32, 4)}, r"g must be \[1, 32, 2(, 64)?\]; given \[1, 32, 4\]"),
         ({"reset": (1, 30)}, r"reset must be \[1, 32\]"),
         ({"reset": (1, 32)}, "reset must be bool; given float32"),
         ({"initial_state": (1, 2, 64, 32)}, r"initial_state must be \[1, 2, 64, 64\]"),
         ({"v": (1, 32, 3, 64), "g": (1, 32, 3), "beta": (1, 32, 3)}, "2 heads of q and k"),
-        ({"v": (32, 2, 64)}, r"q, k, v must be \[B, T, h, D\]"),
+        ({"v": (32, 2, 64)}, r"q, k,( a, b,)? v must be \[B, T, h, D\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_told(op, changes, message):
     given = arrays(op)
     for name, shape in changes.items():
+        if name == "g" and op == "chunk_dplr" and shape[2] == 3:
+            shape = (*shape, 64)
         if name in given or name in ("reset", "initial_state"):
             given[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     with pytest.raises(ValueError, match=f"{op}: .*{message}"):
@@ -228,8 +292,12 @@ def test_a_policy_saves_the_second_forward_kernel(op):
 @pytest.mark.parametrize("shared", [(), ("q", "k", "reset", "initial_state")])
 def test_vmap_is_a_loop(op, shared):
     """Values and gradients, of all arrays or with some that all share."""
-    rates = (0, 1) if op == "chunk_delta" else None
-    spec = Spec(name="", B=2, T=37, resets=(3, 20), beta=rates)
+    more: dict = {
+        "chunk_linear": {},
+        "chunk_delta": {"beta": (0, 1)},
+        "chunk_dplr": {"removal": (0, 1), "decay": "channel", "H": 1},
+    }[op]
+    spec = Spec(name="", B=2, T=37, resets=(3, 20), **more)
     one, two = (spec.inputs(seed) for seed in (0, 1))
     rows = [one, two | {name: one[name] for name in shared}]
     many = {name: a if name in shared else np.stack([a, two[name]]) for name, a in one.items()}
@@ -270,6 +338,7 @@ CELLS = {
     "gated_delta_net": GatedDeltaNet(64, 64),
     "gla": GLA(64, 64),
     "kda": KDA(64, 64),
+    "dplr": DPLR(64, 64),
 }
 
 
