@@ -200,8 +200,11 @@ plt.show()
 # %% [markdown]
 # Below an op: its decay (none, one a head, one a channel). `chunk_linear` is linear attention and
 # its gated forms, `chunk_delta` the delta rules (with a decay a channel: KDA), `chunk_dplr` the
-# memory of RWKV-7. `chunk_linear` is near the bound of memory; the others also wait for the
-# inverse, whose products depend on one another. Missing bars: a plain form that no one would train.
+# memory of RWKV-7. `chunk_linear` is near the bound of memory; these also wait for the inverse,
+# whose products depend on one another, as does `deep_memory`, which is Titans with a matrix, its
+# plain form a walk over frozen chunks of 16 tokens. `linear_scan` (weighted: the RG-LRU) and `wkv4`
+# (RWKV-4) have no products, and memory alone bounds them. Missing bars: a plain form that no one
+# would train, no arithmetic.
 #
 # `pallas_kernels/README.md` has the table, how a kernel is written, and what did not pay. Next:
 # `06_capacity_laws`.

@@ -110,6 +110,20 @@ def memories(params: PyTree, state: PyTree, xs: PyTree) -> int:
     return max(leaf.shape[2] for leaf in jax.tree.leaves(xs))
 
 
+def by_head(tree: PyTree, heads: int) -> PyTree:
+    """Leaves [B, T, h, ...], repeated for `heads` memories where several share one."""
+    return jax.tree.map(lambda a: jnp.repeat(a, heads // a.shape[2], axis=2), tree)
+
+
+def written_tokens(
+    write: Bool[Array, "B T"] | Bool[Array, "B T h"] | None, batch: int, length: int
+) -> Bool[Array, "B T h"]:
+    """Which tokens are written, with an axis of heads."""
+    if write is None:
+        return jnp.ones((batch, length, 1), bool)
+    return write[..., None] if write.ndim == 2 else write
+
+
 def scan_tokens(step, read, fresh, state, xs, reset, write) -> tuple[PyTree, PyTree]:
     """One head, token by token: the definition that all other forms are compared with.
 

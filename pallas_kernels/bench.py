@@ -56,7 +56,7 @@ PEERS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = sorted({op for op, _ in ON_GPU})
+    names = sorted({op for op, _ in PEERS})
     parser.add_argument("--ops", nargs="+", choices=names, default=names)
     parser.add_argument("--repeats", type=int, default=20, help="measurements of each median")
     given = parser.parse_args()
@@ -64,7 +64,7 @@ def main():
     if jax.default_backend() != "gpu":
         sys.exit(f"bench times kernels on a GPU; the platform here is {jax.default_backend()}")
     rows = []
-    for op, decay in [case for case in ON_GPU if case[0] in given.ops]:
+    for op, decay in [case for case in PEERS if case[0] in given.ops]:
         known = forms(op, decay)
         for name, form in known.items():
             for width in sorted({shape[-1] for shape in SHAPES}):

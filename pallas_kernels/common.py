@@ -234,6 +234,12 @@ def plan_gpu(name: str, v, chunk, interpret) -> Block:
         )
     if chunk not in (None, GPU_CHUNK):
         raise NotImplementedError(f"{name} takes chunks of {GPU_CHUNK} on GPUs; given {chunk}")
+    check_gpu(name, interpret)
+    return Block(GPU_CHUNK, 1)
+
+
+def check_gpu(name: str, interpret) -> None:
+    """NotImplementedError for a GPU, or a version of jax, that kernels are not made for."""
     capability = GPU_CAPABILITY if interpret else gpu_capability()
     if capability != GPU_CAPABILITY:
         raise NotImplementedError(
@@ -244,7 +250,6 @@ def plan_gpu(name: str, v, chunk, interpret) -> Block:
         raise NotImplementedError(
             f"{name} needs jax {'.'.join(map(str, GPU_JAX))} on GPUs; this is {jax.__version__}"
         )
-    return Block(GPU_CHUNK, 1)
 
 
 def has_small_memory(generation: str) -> bool:

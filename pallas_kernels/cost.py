@@ -2,7 +2,8 @@
 
     python -m pallas_kernels.cost            # writes compiled.json and the tables of README.md
     python -m pallas_kernels.cost --plain    # that of the plain chunked forms too, half an hour
-    python -m pallas_kernels.cost --only=chunk_delta    # of some ops; the other rows stay
+    python -m pallas_kernels.cost --only=chunk_delta    # of some ops; the other rows stay, of the
+                                                        # plain forms too
 
 Needs libtpu (`pip install memjax[tpu]`). README.md says how to read it.
 """
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 import jax.numpy as jnp
 
 from pallas_kernels import deviceless, tables
-from pallas_kernels.ops import OPS, PEAKS, arguments, fingerprint, function, work
+from pallas_kernels.ops import OPS, PEAKS, answered, arguments, fingerprint, function, work
 from pallas_kernels.tables import markdown
 
 COMPILED = tables.HERE / "compiled.json"
@@ -28,6 +29,7 @@ WORK = ("flops", "bytes")
 DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
+FEWER = {"deep_memory": [("bfloat16", 128)]}  # of what takes long to compile
 DTYPES = ("bfloat16", "float32")
 
 
@@ -38,7 +40,7 @@ def main():
     given = parser.parse_args()
     kept = json.loads(COMPILED.read_text(encoding="utf-8")) if COMPILED.exists() else {}
     made = tables.made(*PACKAGES)
-    only = chosen(given.only, kept, made)
+    only = tables.chosen(given.only, OPS, kept, made)
     rows = kept if given.only else {}
     found = {
         **made,
@@ -47,26 +49,10 @@ def main():
         "memory": merged(rows, "memory", CASE, memory(only)),
     }
     if given.plain:
-        before = (kept.get("plain") or {}) if given.only else {}
-        found["plain"] = {**made, "costs": merged(before, "costs", NAMED, costs(True, only))}
+        old = (kept.get("plain") or {}) if given.only else {}
+        found["plain"] = {**made, "costs": merged(old, "costs", NAMED, costs(True, only))}
     COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     write_tables(found)
-
-
-def chosen(only, kept: dict, made: dict) -> dict:
-    """The `OPS` to compile: all, or those of some names. Rows that stay have to be of the same
-    versions."""
-    if only is None:
-        return OPS
-    if unknown := set(only) - {op for op, _ in OPS}:
-        names = ", ".join(dict.fromkeys(op for op, _ in OPS))
-        raise SystemExit(f"--only takes {names}; given {', '.join(sorted(unknown))}")
-    if kept.get("versions") != made["versions"]:
-        raise SystemExit(
-            f"--only keeps rows of {kept.get('versions')}, and here is {made['versions']}; run "
-            "without it"
-        )
-    return {case: runs for case, runs in OPS.items() if case[0] in only}
 
 
 def merged(kept: dict, table: str, names: tuple, new: Iterable[dict]) -> list[dict]:
@@ -78,10 +64,16 @@ def merged(kept: dict, table: str, names: tuple, new: Iterable[dict]) -> list[di
 
 def memory(runs: dict) -> Iterator[dict]:
     """Rows of the table of memory."""
+    for values in cases(runs):
+        case = dict(zip(CASE, values, strict=True))
+        yield {**case, **compiled(**case)}
+
+
+def cases(runs) -> Iterator[tuple]:
+    """The values of `CASE` that are recorded of some of `OPS`."""
     for op, decay in runs:
-        for values in itertools.product(DTYPES, WIDTHS, deviceless.TOPOLOGIES):
-            case = dict(zip(CASE, (op, decay, *values), strict=True))
-            yield {**case, **compiled(**case)}
+        for kind in FEWER.get(op, itertools.product(DTYPES, WIDTHS)):
+            yield from ((op, decay, *kind, generation) for generation in deviceless.TOPOLOGIES)
 
 
 def costs(plain: bool, ops: dict = OPS) -> Iterator[dict]:
@@ -90,7 +82,7 @@ def costs(plain: bool, ops: dict = OPS) -> Iterator[dict]:
     for (op, decay), runs in ops.items():
         for direction in DIRECTIONS:
             arrays = arguments(op, decay, SHAPE, jnp.bfloat16)
-            given = (arrays,) if direction == "forward" else (arrays, arrays["v"])
+            given = (arrays,) if direction == "forward" else (arrays, answered(arrays))
             for generation in PEAKS if plain else deviceless.TOPOLOGIES:
                 options = {} if plain else {"platform": f"tpu {generation}"}
                 fn = function(runs[plain], direction, **options)
@@ -115,7 +107,7 @@ def program(op, decay, dtype, width, generation):
     """The function of a case, forward and backward, and the shapes that it is compiled for."""
     fn = function(OPS[op, decay][0], "both", platform=f"tpu {generation}")
     given = arguments(op, decay, (1, 1024, 8, width), jnp.dtype(dtype))
-    return fn, given, given["v"]
+    return fn, given, answered(given)
 
 
 def compiled(**case) -> dict:

@@ -1,10 +1,12 @@
 """What every kernel takes of an H100 and an H200, on a machine that has none.
 
     python -m pallas_kernels.cost_gpu    # writes compiled_gpu.json and the table of README.md
+    python -m pallas_kernels.cost_gpu --only=chunk_delta    # of some ops; the other rows stay
 
 Needs the plugin that `make test-kernels` installs (deviceless_gpu.py).
 """
 
+import argparse
 import json
 
 from pallas_kernels import deviceless_gpu, tables
@@ -20,15 +22,20 @@ REGISTERS, SHARED, OWN = 65536, 233472, 1024
 
 
 def main():
-    cases = [{"op": op, "decay": decay, "width": width} for op, decay in ON_GPU for width in WIDTHS]
-    found = {
-        **tables.made(*PACKAGES),
-        "kernels": [
-            row
-            for target in deviceless_gpu.BANDWIDTH
-            for row in deviceless_gpu.compiled(target, cases)
-        ],
-    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these ops, by comma")
+    given = parser.parse_args()
+    kept = json.loads(COMPILED.read_text(encoding="utf-8")) if COMPILED.exists() else {}
+    made = tables.made(*PACKAGES)
+    only = tables.chosen(given.only, ON_GPU, kept, made)
+    cases = [{"op": op, "decay": decay, "width": width} for op, decay in only for width in WIDTHS]
+    rows = [
+        row for target in deviceless_gpu.BANDWIDTH for row in deviceless_gpu.compiled(target, cases)
+    ]
+    stay = [row for row in kept.get("kernels", ()) if (row["op"], row["decay"]) not in only]
+    order = list(deviceless_gpu.BANDWIDTH)
+    rows = sorted(stay + rows, key=lambda row: order.index(row["target"]))
+    found = {**made, "kernels": rows}
     COMPILED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tables.write({"gpu": f"Written {tables.when(found)}.\n\n{table(found['kernels'])}"})
 

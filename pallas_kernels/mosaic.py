@@ -19,16 +19,16 @@ SIDE = 64  # of a tile, and the tokens of a chunk: wgmma makes 64 rows at a time
 WGMMA = plgpu.Layout.WGMMA
 _OLD = "out_shape" in inspect.signature(plgpu.kernel).parameters  # before jax 0.12
 _TYPES = ("out_shape", "scratch_shapes") if _OLD else ("out_type", "scratch_types")
-_INDEX = ((),) if _OLD else ()
+INDEX = ((),) if _OLD else ()
 
 
-def run(body, given, out, scratch, *, name, grid, interpret, by_lane=False):
+def run(body, given, out, scratch, *, name, grid, interpret, by_lane=False, exact=False):
     """Runs `body(x)` of one warpgroup in every cell of a grid; returns the outputs as a list.
 
     given: arrays by name; out: shapes; scratch: what lies in shared memory. x has a ref for each,
     and None for what is None. grid: axes by name, the first the fastest. by_lane: lowered by the
     older rules, which take layouts from the operands; the newer ones search for them, for minutes
-    in a long kernel.
+    in a long kernel. exact: whether exp and the like are exact to float32.
     """
     absent = dict.fromkeys({**given, **out, **scratch})
     given, out, scratch = (
@@ -48,7 +48,7 @@ def run(body, given, out, scratch, *, name, grid, interpret, by_lane=False):
         grid_names=tuple(grid),
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True,
+            approx_math=not exact,
             reduction_scratch_bytes=0 if by_lane else 2048,
             lowering_semantics=semantics.Lane if by_lane else semantics.Warpgroup,
         ),
@@ -77,7 +77,7 @@ def copy_in(barrier, *pairs):
 
 def load(ref, dtype=None, *, shared=True):
     """A tile in registers; shared: whether it lies in shared memory."""
-    found = plgpu.load(ref, *_INDEX, layout=WGMMA, optimized=shared)
+    found = plgpu.load(ref, *INDEX, layout=WGMMA, optimized=shared)
     return found if dtype is None else found.astype(dtype)
 
 
@@ -93,7 +93,7 @@ def span(n):
 
 def vector(ref):
     """A vector in shared memory in registers, a number for each row."""
-    return plgpu.load(ref, *_INDEX, layout=WGMMA.reduce(1))
+    return plgpu.load(ref, *INDEX, layout=WGMMA.reduce(1))
 
 
 def of_rows(ref, shape):
@@ -103,7 +103,7 @@ def of_rows(ref, shape):
 
 def of_columns(ref, shape):
     """A vector in shared memory as a number for each column of shape."""
-    vector = plgpu.load(ref, *_INDEX, layout=WGMMA.reduce(0), optimized=False)
+    vector = plgpu.load(ref, *INDEX, layout=WGMMA.reduce(0), optimized=False)
     return lax.broadcast_in_dim(vector, shape, [1])
 
 

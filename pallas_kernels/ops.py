@@ -15,10 +15,17 @@ from pallas_kernels.chunk_dplr import reference as dplr
 from pallas_kernels.chunk_dplr.api import chunk_dplr
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear.api import chunk_linear
+from pallas_kernels.deep_memory import reference as deep
+from pallas_kernels.deep_memory.api import deep_memory
+from pallas_kernels.linear_scan import reference as scan
+from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.window_attention import reference as window
 from pallas_kernels.window_attention.api import window_attention
+from pallas_kernels.wkv4 import reference as rwkv4
+from pallas_kernels.wkv4.api import wkv4
 
 WINDOW = 512
+FROZEN = 16  # tokens of a frozen chunk
 # Of one core, in a cycle: floating-point operations of bfloat16 products, bytes of HBM.
 PEAKS = {"v5e": (131072, 546), "v6e": (524288, 937)}
 
@@ -37,22 +44,52 @@ OPS = {
     ("chunk_delta", "head"): (chunk_delta, delta.chunked),
     ("chunk_delta", "channel"): (chunk_delta, partial(delta.chunked, chunk=16)),
     ("chunk_dplr", "channel"): (chunk_dplr, dplr.chunked),
+    ("deep_memory", "momentum"): (
+        partial(deep_memory, frozen_chunk=FROZEN),
+        partial(deep.chunked, frozen_chunk=FROZEN),
+    ),
     ("window_attention", "none"): (windowed(window_attention), windowed(window.blocked)),
+    ("linear_scan", "channel"): (linear_scan, scan.chunked),
+    ("linear_scan", "weighted"): (
+        partial(linear_scan, weighted=True),
+        partial(scan.chunked, weighted=True),
+    ),
+    ("wkv4", "channel"): (wkv4, rwkv4.chunked),
 }
+# Recurrences without products: their arrays, [B, T, H D], the first of them in the op's dtype.
+WALKS = {"linear_scan": ("x", "g"), "wkv4": ("v", "k", "w", "u")}
 
 
 # Those that have kernels of ours for GPUs.
-ON_GPU = {case: runs for case, runs in OPS.items() if case[0] in ("chunk_linear", "chunk_delta")}
+ON_GPU = {
+    case: runs
+    for case, runs in OPS.items()
+    if case[0] not in ("chunk_dplr", "deep_memory", "window_attention")
+}
 
 
 def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of an op's arrays."""
+    if op in WALKS:
+        first, *others = WALKS[op]
+        channels = *shape[:2], shape[2] * shape[3]
+        wide = jax.ShapeDtypeStruct(channels, jnp.float32)
+        return {first: jax.ShapeDtypeStruct(channels, dtype), **dict.fromkeys(others, wide)}
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
     given |= {"beta": rate} if op == "chunk_delta" else {}
     given |= dict.fromkeys("ab", given["k"]) if op == "chunk_dplr" else {}
+    if op == "deep_memory":
+        steps = jax.ShapeDtypeStruct((*shape[:3], 1), jnp.float32)
+        start = jax.ShapeDtypeStruct((*shape[2:], shape[3]), jnp.float32)
+        return given | {"g": rate, "m": rate, "rates": steps, "start": start}
     logs = jax.ShapeDtypeStruct(shape, jnp.float32)
     return given | {"none": {}, "head": {"g": rate}, "channel": {"g": logs}}[decay]
+
+
+def answered(given):
+    """The array of an op that its answers are like."""
+    return given["v" if "v" in given else "x"]
 
 
 def function(run, direction, **options):

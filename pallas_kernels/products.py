@@ -73,8 +73,9 @@ def in_step(runs) -> list:
     return results
 
 
-def unit_lower_inverse(lower, like):
-    """(I + L)^-1 of strictly lower L [C, C], C a power of two, as a generator for `in_step`.
+def unit_lower_inverse(lower, like, apart: int = 1):
+    """(I + L)^-1 of strictly lower L [C, C], C a power of two, as a generator for `in_step`. L is
+    zero within blocks of `apart` places on the diagonal, a power of two below C.
 
     The inverse of blocks of b places on the diagonal becomes that of blocks of 2 b by
     X <- X - X L' X, L' what joins the two halves of each block. Exact for equal keys, and nothing
@@ -89,9 +90,10 @@ def unit_lower_inverse(lower, like):
         return (i >> (bits + 1) == j >> (bits + 1)) & (i >> bits != j >> bits)
 
     unit = jnp.where(i == j, 1.0, 0.0)
-    found = unit - jnp.where(joins(0), lower, 0)
+    first = apart.bit_length() - 1
+    found = unit if first else unit - jnp.where(joins(0), lower, 0)
     low = lower.astype(like)
-    for bits in range(1, size.bit_length() - 1):
+    for bits in range(max(first, 1), size.bit_length() - 1):
         half = 1 << bits
         factor = found.astype(like)
         inner = dot(_second(jnp.where(joins(bits), low, 0), half), factor, 1, 0)

@@ -13,6 +13,22 @@ def made(*packages: str) -> dict:
     return {"date": datetime.date.today().isoformat(), "versions": versions}
 
 
+def chosen(only, runs: dict, kept: dict, made: dict) -> dict:
+    """The cases (op, decay) to compile: all, or those of some names. Rows that stay have to be of
+    the same versions."""
+    if only is None:
+        return runs
+    if unknown := set(only) - {op for op, _ in runs}:
+        names = ", ".join(dict.fromkeys(op for op, _ in runs))
+        raise SystemExit(f"--only takes {names}; given {', '.join(sorted(unknown))}")
+    if kept.get("versions") != made["versions"]:
+        raise SystemExit(
+            f"--only keeps rows of {kept.get('versions')}, and here is {made['versions']}; run "
+            "without it"
+        )
+    return {case: forms for case, forms in runs.items() if case[0] in only}
+
+
 def when(found: dict) -> str:
     """What `made` says, in words."""
     versions = (f"{name} {version}" for name, version in found["versions"].items())

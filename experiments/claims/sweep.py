@@ -119,11 +119,11 @@ CLAIMS = (
            "omega_net, c = 8", "omega_net, c = 1"),
     recall("products of 8 channels (2505.23735) bind two keys better than the 8, OmegaNet",
            "features", "omega_net, products of 8", "omega_net, 8 channels"),
-    recall("and better than 44, at equal state", "features",
+    recall("and better than 44 channels, at equal state", "features",
            "omega_net, products of 8", "omega_net, 44 channels"),
     recall("linear attention with Taylor features of 8 (2402.18668), than the 8", "features",
            "linear_attention, Taylor of 8", "linear_attention, 8 channels"),
-    recall("and than 44, at equal state", "features",
+    recall("and than 44 channels, at equal state", "features",
            "linear_attention, Taylor of 8", "linear_attention, 44 channels"),
     solves(8),
     solves(16),
@@ -162,7 +162,8 @@ def tables(rows):
 def draw(rows):
     """Left: MQAR against the bytes of state. Right: the claims that are about accuracies, from the
     mean of the other to that of the one."""
-    figure = Figure(figsize=(13, 6), dpi=120, layout="constrained")
+    shown = [claim for claim in tried(rows) if not claim.less]
+    figure = Figure(figsize=(13, 1 + 0.33 * len(shown)), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     recalled = results.select(rows, experiment="mqar")
     for cell, group in results.grouped(recalled, "cell").items():
@@ -181,7 +182,6 @@ def draw(rows):
         ylim=(-0.02, 1.02), title="MQAR after 1000 steps, one layer, one head",
     )  # fmt: skip
     left.legend(fontsize=8)
-    shown = [claim for claim in tried(rows) if not claim.less]
     for height, claim in enumerate(shown):
         better, worse = (results.mean(group, claim.figure) for group in claim.groups(rows))
         color = COLORS[claim.verdict(rows)]

@@ -31,19 +31,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.axes import mesh_platform
 from memjax.cell import MemoryCell
+from memjax.cells._pairs import Pairs, Window
 from memjax.recurrence import (
-    Phases,
     accumulator_dtype,
     dot,
     from_chunks,
+    memories,
     per_head,
     phase_split,
     promote,
     select,
     to_chunks,
 )
-from memjax.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from memjax.typing import Array, Bool, Float, PRNGKeyArray, PyTree
 
 LOSSES = ("l2", "dot")
 Layers = tuple[Float[Array, "m n"], ...]
@@ -64,15 +66,6 @@ class Terms(NamedTuple):
     r: Array
     m: Array | None = None
     s: Array | None = None
-
-
-class Pairs(NamedTuple):
-    """The last c - 1 pairs of the document, newest last, zero where it has fewer; `number` of them
-    are there."""
-
-    k: Float[Array, "n K"]
-    v: Float[Array, "n V"]
-    number: Int[Array, ""]
 
 
 class Learner(NamedTuple):
@@ -253,11 +246,46 @@ class GradientMemory(MemoryCell):
         final, y = lax.scan(window, fresh if state is None else state, chunks)
         return from_chunks(y, length).astype(output), final
 
+    def pallas(self, params, state, xs, reset, write):
+        """`pallas_kernels.deep_memory`, for a matrix without a transform of its momentum."""
+        from pallas_kernels import deep_memory
+        from pallas_kernels.deep_memory.reference import State
+
+        if self.depth > 1 or self.transform is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: the kernel deep_memory has a matrix (depth 1) without "
+                f"Newton-Schulz; given {self}; use 'chunked'"
+            )
+        heads, terms = memories(params, state, xs), self.terms(xs)
+        q, k, v, g, rates, m = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, heads // leaf.shape[2], axis=2), tuple(terms[:6])
+        )
+        if write is not None and write.ndim == 3:
+            write = jnp.repeat(write, heads // write.shape[2], axis=2)
+        given = None
+        if state is not None:
+            (weights,), (base,), momentum = state.weights, state.base, state.momentum
+            pairs = state.pairs or (None,) * 3
+            given = State(weights, momentum and momentum[0], base, state.place, *pairs)
+        o, found = deep_memory(
+            *(q, k, v, g, rates, params[0]),
+            m=m,
+            frozen_chunk=self.frozen_chunk,
+            loss=self.loss,
+            state=given,
+            reset=reset,
+            write=write,
+            platform=mesh_platform(),
+        )
+        momentum = (found.momentum,) if self.momentum else None
+        pairs = Pairs(found.k, found.v, found.number) if self.pairs > 1 else None
+        return o, Learner((found.weights,), momentum, (found.base,), found.place, pairs)
+
     def _window(self, fresh: Learner, state: Learner, x: Terms, reset, written, aligned: bool):
         """A window of at most C tokens; `aligned` when it is a frozen chunk of one document."""
         past = state.pairs or self.no_pairs(0)
         phases = phase_split(self.frozen_chunk, state.place, reset, written)
-        whole = Window.of(past, x, phases)
+        whole = Window.of(past, x.k, x.v, phases)
         base = state.weights if aligned else select(state.place == 0, state.weights, state.base)
         learnt = self.gradients(base, whole.k, whole.v)
         one = whole._replace(document=jnp.zeros_like(phases.document))
@@ -346,64 +374,3 @@ def decay(
     after = jnp.where(~lower, g, 0)  # [j, l], l > j
     through = jnp.where(visible, dot("jl,il->ij", after, lower), -jnp.inf)
     return jnp.exp(through), jnp.exp(dot("tj,j->t", visible, g))
-
-
-class Window(NamedTuple):
-    """The tokens of a window, [C], behind the n = c - 1 pairs that its first ones learn from.
-
-    k, v: of all pairs, [n + C, ...]. document: 0 for the one that runs on, then counted. rank:
-    written tokens in front of each. there: whether a pair is one to learn from, [n + C].
-    """
-
-    k: Float[Array, "P K"]
-    v: Float[Array, "P V"]
-    document: Int[Array, " C"]
-    rank: Int[Array, " C"]
-    there: Bool[Array, " P"]
-
-    @classmethod
-    def of(cls, past: Pairs, x: Terms, phases: Phases) -> "Window":
-        """`past`: the pairs in front."""
-        k, v = jnp.concatenate([past.k, x.k]), jnp.concatenate([past.v, x.v])
-        front = jnp.arange(-len(past.k), 0) >= -past.number
-        there = jnp.concatenate([front, phases.written])
-        return cls(k, v, phases.document, phases.rank, there)
-
-    @property
-    def front(self) -> int:
-        """n, the pairs in front of the window."""
-        return len(self.k) - len(self.rank)
-
-    @property
-    def live(self) -> Bool[Array, " C"]:
-        """Whether a token is of the document that runs on."""
-        return self.document == 0
-
-    def document_of_pairs(self) -> Int[Array, " P"]:
-        """Of each pair."""
-        return jnp.concatenate([jnp.zeros(self.front, self.document.dtype), self.document])
-
-    def age(self, rank: Int[Array, " m"], document: Int[Array, " m"]) -> Int[Array, "m P"]:
-        """How many tokens behind each pair of its document a token of this rank is; -1: none."""
-        ranks = jnp.concatenate([jnp.arange(-self.front, 0), self.rank])
-        seen = self.there & (document[:, None] == self.document_of_pairs())
-        return jnp.where(seen, jnp.maximum(rank[:, None] - ranks, -1), -1)
-
-    def rates(self, r: Float[Array, "C c"], use: Bool[Array, " C"]) -> Float[Array, "C *P"]:
-        """R of the module's docstring, zero for tokens that do not learn; its diagonal if c = 1."""
-        context = r.shape[1]
-        if context == 1:
-            return jnp.where(use, r[:, 0], 0)
-        age = self.age(self.rank, self.document)
-        chosen = jnp.take_along_axis(r, jnp.clip(age, 0, context - 1), axis=1)
-        return jnp.where((age >= 0) & (age < context) & use[:, None], chosen, 0)
-
-    def kept(self, past: Pairs) -> Pairs:
-        """The pairs behind the window."""
-        last, written = self.document[-1:], self.there[self.front :]
-        number = jnp.sum(written & (self.document == last), dtype=jnp.int32)
-        number = number + jnp.where(last[0] == 0, past.number, 0)
-        age = self.age(self.rank[-1:] + written[-1:], last)[0]  # of the token that comes next
-        pick = (age == jnp.arange(self.front, 0, -1)[:, None]).astype(self.k.dtype)
-        k, v = (dot("sp,pn->sn", pick, pair) for pair in (self.k, self.v))
-        return Pairs(k, v, jnp.minimum(number, self.front))

@@ -16,20 +16,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.axes import mesh_platform
 from memjax.cell import MemoryCell
 from memjax.nn.layers import Dense, ShortConvolution, normal, widen
 from memjax.nn.mixer import Mixer, convolve
 from memjax.recurrence import (
     accumulator_dtype,
+    by_head,
     linear_scan,
+    memories,
     passing,
     per_head,
     per_state,
     promote,
     select,
+    written_tokens,
 )
 from memjax.registry import CellSpec, register
-from memjax.typing import Array, Field, Float
+from memjax.typing import Array, Bool, Field, Float, Int
 
 
 class Inputs(NamedTuple):
@@ -61,6 +65,22 @@ def _(primals, tangents):
 def share(g: Float[Array, "..."]) -> Float[Array, "..."]:
     """sqrt(1 - a^2) of the log decay g."""
     return bounded_sqrt(-jnp.expm1(2 * g))
+
+
+def has_begun(
+    start: Int[Array, "..."],
+    written: Bool[Array, "..."],
+    reset: Bool[Array, "..."] | None,
+    axis: int = 0,
+) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
+    """Whether the document has a written token in front of each token, and behind the last one;
+    start: whether it has one in front of all. axis: that of time."""
+    number = jnp.cumsum(written.astype(jnp.int32), axis) + start
+    before = number - written
+    origin = jnp.zeros_like(before)
+    if reset is not None:
+        origin = lax.cummax(jnp.where(reset, before, 0), axis)
+    return before > origin, jnp.take(number > origin, -1, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,21 +123,39 @@ class RGLRU(MemoryCell):
         xs, length = promote(xs, dtype), xs.x.shape[0]
         state = self.fresh(params, dtype) if state is None else state
         written = jnp.ones(length, bool) if write is None else write
-        number = jnp.cumsum(written.astype(jnp.int32)) + state.begun
-        before = number - written  # written tokens in front of each
-        origin = jnp.zeros_like(before)
-        if reset is not None:
-            origin = lax.cummax(jnp.where(reset, before, 0))
+        goes_on, ends = has_begun(state.begun, written, reset)
         xs = select(written, xs, jax.tree.map(jnp.zeros_like, xs))
-        added = jnp.where((before > origin)[:, None], share(xs.g), 1) * xs.x
+        added = jnp.where(goes_on[:, None], share(xs.g), 1) * xs.x
         decay = jnp.exp(xs.g)
         if reset is not None:
             decay = jnp.where(reset[:, None], 0, decay)
         h = linear_scan(decay, added, state.h, self.chunk)
-        final = Level(h[-1], (number > origin)[-1].astype(jnp.int32))
-        return h.astype(output), final
+        return h.astype(output), Level(h[-1], ends.astype(jnp.int32))
 
     chunked = per_head(one_head)
+
+    def pallas(self, params, state, xs, reset, write):
+        """`pallas_kernels.linear_scan`, where a token that forgets has the weight 1: the first one
+        of a document. A state without a token is taken for zero, which it is."""
+        from pallas_kernels import linear_scan as kernel
+
+        (batch, length), heads = xs.x.shape[:2], memories(params, state, xs)
+        x, g, written = by_head((*xs, written_tokens(write, batch, length)), heads)
+        start = jnp.zeros((batch, 1, 1), jnp.int32) if state is None else state.begun[:, None]
+        first = None if reset is None else reset[..., None]
+        goes_on, ends = has_begun(start, written, first, axis=1)
+        forgets = written & ~goes_on
+        forgets = forgets if first is None else forgets | first
+        g = select(forgets, jnp.full_like(g, -jnp.inf), select(written, g, jnp.zeros_like(g)))
+        x = select(written, x, jnp.zeros_like(x))
+        h, last = kernel(
+            *(a.reshape(batch, length, -1) for a in (x, g)),
+            initial_state=None if state is None else state.h.reshape(batch, -1),
+            weighted=True,
+            platform=mesh_platform(),
+        )
+        final = Level(last.reshape(batch, heads, -1), ends.astype(jnp.int32))
+        return h.reshape(x.shape), final
 
     @per_state
     def fold(self, params, state, xs, reset, write):

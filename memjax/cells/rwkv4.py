@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.axes import mesh_platform
 from memjax.cell import MemoryCell
 from memjax.nn.layers import (
     Dense,
@@ -31,7 +32,9 @@ from memjax.nn.layers import (
 from memjax.nn.mixer import Mixer
 from memjax.recurrence import (
     accumulator_dtype,
+    by_head,
     linear_scan,
+    memories,
     passing,
     per_head,
     per_state,
@@ -40,6 +43,7 @@ from memjax.recurrence import (
     running,
     select,
     shifted,
+    written_tokens,
 )
 from memjax.registry import CellSpec, ChannelSpec, register
 from memjax.typing import Array, Bool, DTypeLike, Field, Float, PyTree
@@ -175,6 +179,22 @@ class RWKV4(MemoryCell):
         return y.astype(output), Sums(factor * p[-1], factor * q[-1], exact[-1])
 
     chunked = per_head(one_head)
+
+    def pallas(self, params, state, xs, reset, write):
+        """`pallas_kernels.wkv4`, for which a token with the exponent EMPTY is not written."""
+        from pallas_kernels import wkv4
+
+        (batch, length), heads = xs.v.shape[:2], memories(params, state, xs)
+        *xs, written = by_head((*xs, written_tokens(write, batch, length)), heads)
+        nothing = [jnp.full_like(a, n) for a, n in zip(xs, (0, EMPTY, 0, 0), strict=True)]
+        v, k, w, u = select(written, xs, nothing)
+        y, final = wkv4(
+            *(a.reshape(batch, length, -1) for a in (v, k, jnp.maximum(w, EMPTY), u)),
+            initial_state=None if state is None else [a.reshape(batch, -1) for a in state],
+            reset=reset,
+            platform=mesh_platform(),
+        )
+        return y.reshape(v.shape), Sums(*(a.reshape(batch, heads, -1) for a in final))
 
     @per_state
     def fold(self, params, state, xs, reset, write):

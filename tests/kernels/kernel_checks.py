@@ -40,7 +40,7 @@ def results(op, spec: Spec, dtype, longer: float = 1.0) -> dict[str, np.ndarray]
     """Outputs and gradients of everything an op can be differentiated by, as float64.
 
     dtype: of q, k, v, a and b; the others are float32, or float64 with them. The cotangent of o is
-    held by the spec's dtype. longer: a factor of k and a.
+    held by the spec's dtype. longer: a factor of k and a. A state of several arrays is a dict.
     """
     given = spec.inputs()
     given |= {name: longer * np.float64(given[name]) for name in ("k", "a") if name in given}
@@ -52,16 +52,20 @@ def results(op, spec: Spec, dtype, longer: float = 1.0) -> dict[str, np.ndarray]
         if array is not None
     }
     rng = np.random.default_rng(1)
-    do = held(rng.standard_normal((spec.B, spec.T, spec.H, spec.V)), spec.dtype)
-    dstate = held(rng.standard_normal((spec.B, spec.H, spec.K, spec.V)), "float32")
+
+    def cotangent(a, dtype):
+        return jnp.asarray(held(rng.standard_normal(a.shape), dtype)).astype(a.dtype)
 
     @jax.jit
-    def run(x, do, dstate):
+    def run(x):
         (o, state), backward = jax.vjp(lambda x: op(**x, reset=reset), x)
-        (gradients,) = backward((do.astype(o.dtype), dstate.astype(state.dtype)))
-        return {"o": o, "state": state} | {f"d{name}": a for name, a in gradients.items()}
+        do = cotangent(o, spec.dtype)
+        dstate = jax.tree.map(lambda a: cotangent(a, "float32"), state)
+        (gradients,) = backward((do, dstate))
+        states = state if isinstance(state, dict) else {"state": state}
+        return {"o": o, **states} | {f"d{name}": a for name, a in gradients.items()}
 
-    return {name: np.asarray(a, np.float64) for name, a in run(x, do, dstate).items()}
+    return {name: np.asarray(a, np.float64) for name, a in run(x).items()}
 
 
 def heads_repeated(reference):

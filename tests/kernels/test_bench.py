@@ -53,7 +53,7 @@ def test_a_measurement_is_of_many_calls(monkeypatch):
 
 @pytest.mark.slow
 @needs_interpreter
-@pytest.mark.parametrize("case", ops.ON_GPU, ids="-".join)
+@pytest.mark.parametrize("case", bench.PEERS, ids="-".join)
 @pytest.mark.parametrize("form", ["ours", "plain"])
 def test_what_is_right_is_timed(case, form):
     with interpreted("gpu", gpu_interpreter()):

@@ -12,7 +12,10 @@ from pallas_kernels import interpreted
 STEPS = 50
 MIXERS = {
     "gated_delta_net": {},
+    "rg_lru": {},
+    "rwkv4": {},
     "rwkv7": {"heads": 1},
+    "titans": {"heads": 1, "depth": 1},
     "sliding_window": {"head_dim": 64, "heads": 2, "kv_heads": 1, "window": 9},
 }
 

@@ -1,0 +1,1 @@
+"""A matrix trained by gradient steps: reference.py defines it, api.py is what others call."""
