@@ -264,7 +264,7 @@ def test_evaluation_rows_may_be_longer_than_those_of_training(tmp_path):
     assert found["length"] == 32 and [row["pairs"] for row in found["by_pairs"]] == [4, 8]
     assert found["query_accuracy"] == pytest.approx(summary["query_accuracy"])
     task = f"{runs.ROOT}/configs/recall.py:linear_attention,dim=8,task=stacked_mqar"
-    small = {"data.length": 4, "data.pairs": 2, "data.values": 5, "data.width": 3}
+    small = {"data.length": 4, "data.pairs": 2, "data.num_values": 5, "data.width": 3}
     given = {**sizes, **small, "model.vocab": 5, "model.features": 6}
     assert train.train(runs.load(task, given), str(tmp_path / "vectors"))["finished"]
 

@@ -96,7 +96,7 @@ def deep_memory(
 
 def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write):
     """(B, T, H); ValueError for what does not fit together."""
-    common.check_shapes(NAME, q, k, v, None, g, None, reset)
+    common.check_shapes(NAME, {"q": q, "k": k}, v, None, g, None, reset, False)
     batch, length, heads, size = v.shape
     one = (batch, length, heads)
     wanted = {

@@ -226,7 +226,7 @@ def factors_back(
         dmu = dmu + jnp.where(j[:1] == size - 1, dlast, 0)
         db, drates = x.rates.back(x.b, dh)
         yield
-        crossing = dot_in_parts((onwards,), rounded(db * x.b, like), 1, 0)
+        crossing = dot_in_parts((onwards,), parts(db * x.b, like), 1, 0)
         yield
         dm = [summed(jnp.where(j < i, crossing, 0) + jnp.where(j >= i, x.mu * dmu, 0))]
     own = dalpha * x.coefficients[:, :1]

@@ -128,7 +128,7 @@ def kernel(*refs, rule, keep):
         answer = asked - dot_in_parts(rough(found.paths * scores), rough(errors), 1, 0)
         yield
         beside = jnp.concatenate([column_of(row) * errors for row in found.last], axis=1)
-        learnt = jnp.split(dot_in_parts((k,), rough(beside), 0, 0), count, axis=1)
+        learnt = jnp.split(dot_in_parts((k,), split(beside), 0, 0), count, axis=1)
         yield
         new = [mixed(last_row(found.coefficients), sources)]
         if rule.momentum:
