@@ -96,7 +96,7 @@ def atlas(w, x, q, k, v):
     q, k = features(q, coefficients), features(k, coefficients)
     answers = np.zeros((B, T, HEADS, VALUE))
     for b, h in np.ndindex(B, HEADS):
-        memory, momentum = spread @ start[h], 0
+        memory, momentum = spread.astype(start.dtype) @ start[h], 0
         for t in range(T):
             if t % CHUNK == 0:
                 frozen = memory
@@ -158,5 +158,9 @@ def test_layers_are_their_papers(name, loop, options):
     module, params, x, ctx = build(name, **sizes, **options)
     y = jax.jit(lambda p: module.apply({"params": p}, x, None, ctx)[0])(params)
     w, x = jax.tree.map(np.float64, params), np.float64(x)
-    expected = output(w, loop(w, x, *projected(w, x)), x)
-    assert distance(y, expected) < 1e-5
+    exact = projected(w, x)
+    expected = output(w, loop(w, x, *exact), x)
+    # Newton-Schulz magnifies what rounding leaves where the momentum has no rank
+    single = jax.tree.map(np.float32, (w, x, *exact))
+    own = distance(output(w, loop(*single), x), expected)
+    assert distance(y, expected) < max(1e-5, 3 * own)

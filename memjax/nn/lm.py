@@ -181,6 +181,8 @@ class LanguageModel(nn.Module):
             x = jnp.take_along_axis(x, select[..., None], axis=1)
         x = Norm(config.norm, name="norm")(x)
         head = embedding.T
+        if jax.__version_info__ < (0, 12):  # 0.7.2's CPU multiplies no bfloat16 with a transpose
+            head = jax.lax.optimization_barrier(head)
         if not config.tie:
             init = nn.with_logical_partitioning(normal(config.std), ("embed", "vocab"))
             head = self.param("head", init, (config.dim, config.vocab), jnp.float32)
