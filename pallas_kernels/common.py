@@ -85,6 +85,18 @@ def padded(tree, chunk: int):
     return jax.tree.map(pad, tree)
 
 
+def wider(a, *axes: int):
+    """a with zeros behind its last axes, up to these sizes."""
+    front = [(0, 0)] * (a.ndim - len(axes))
+    more = zip(axes, a.shape[-len(axes) :], strict=True)
+    return jnp.pad(a, [*front, *((0, size - has) for size, has in more)])
+
+
+def cut(a, *axes: int):
+    """The first numbers of its last axes."""
+    return a[(..., *map(slice, axes))]
+
+
 # ---------------------------------------------------------------- what a kernel serves
 
 CHUNKS = (128, 64, 32, 16)
@@ -209,6 +221,20 @@ def check_shapes(name: str, keys, v, beta, g, initial_state, reset, channels) ->
         raise ValueError(f"{name}: the sequence is empty (T = 0); give at least one token")
     if heads % fewer:
         raise ValueError(f"{name}: {fewer} heads of q and k do not divide the {heads} of v")
+
+
+def check_frozen(name: str, frozen_chunk: int, loss: str, losses, write, tokens) -> None:
+    """ValueError for what a memory of frozen gradients cannot learn with; tokens: (B, T, H)."""
+    if write is not None and (write.shape not in (tokens[:2], tokens) or write.dtype != bool):
+        raise ValueError(
+            f"{name}: write must be bool {list(tokens[:2])} or {list(tokens)}; given {write.dtype} "
+            f"{list(write.shape)}"
+        )
+    if frozen_chunk < 1 or loss not in losses:
+        raise ValueError(
+            f"{name}: frozen_chunk must be at least 1 and loss one of {', '.join(losses)}; given "
+            f"{frozen_chunk} and {loss!r}"
+        )
 
 
 def check_served(name: str, keys, v) -> None:

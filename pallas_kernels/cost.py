@@ -29,7 +29,9 @@ WORK = ("flops", "bytes")
 DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
-FEWER = {"deep_memory": [("bfloat16", 128)]}  # of what takes long to compile
+# Of what takes long to compile.
+FEWER = dict.fromkeys(("deep_memory", "deep_network"), [("bfloat16", 128)])
+GENERATIONS = {"deep_network": ("v4", *PEAKS)}
 DTYPES = ("bfloat16", "float32")
 
 
@@ -73,7 +75,12 @@ def cases(runs) -> Iterator[tuple]:
     """The values of `CASE` that are recorded of some of `OPS`."""
     for op, decay in runs:
         for kind in FEWER.get(op, itertools.product(DTYPES, WIDTHS)):
-            yield from ((op, decay, *kind, generation) for generation in deviceless.TOPOLOGIES)
+            yield from ((op, decay, *kind, generation) for generation in generations(op))
+
+
+def generations(op: str) -> Iterable[str]:
+    """Those that an op is compiled for."""
+    return GENERATIONS.get(op, deviceless.TOPOLOGIES)
 
 
 def costs(plain: bool, ops: dict = OPS) -> Iterator[dict]:
@@ -83,7 +90,7 @@ def costs(plain: bool, ops: dict = OPS) -> Iterator[dict]:
         for direction in DIRECTIONS:
             arrays = arguments(op, decay, SHAPE, jnp.bfloat16)
             given = (arrays,) if direction == "forward" else (arrays, answered(arrays))
-            for generation in PEAKS if plain else deviceless.TOPOLOGIES:
+            for generation in PEAKS if plain or op in GENERATIONS else generations(op):
                 options = {} if plain else {"platform": f"tpu {generation}"}
                 fn = function(runs[plain], direction, **options)
                 cost = deviceless.cost(generation, fn, *given)

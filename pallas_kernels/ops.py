@@ -1,10 +1,12 @@
 """Every op with its plain form, the shapes of its arrays, and the work that its kernels do."""
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.deep_memory import reference as deep
 from pallas_kernels.deep_memory.api import deep_memory
+from pallas_kernels.deep_network import plain as network
+from pallas_kernels.deep_network.api import deep_network
 from pallas_kernels.linear_scan import reference as scan
 from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.window_attention import reference as window
@@ -26,6 +30,7 @@ from pallas_kernels.wkv4.api import wkv4
 
 WINDOW = 512
 FROZEN = 16  # tokens of a frozen chunk
+EXPANSION = 4  # hidden width of a network over K
 # Of one core, in a cycle: floating-point operations of bfloat16 products, bytes of HBM.
 PEAKS = {"v5e": (131072, 546), "v6e": (524288, 937)}
 
@@ -48,6 +53,10 @@ OPS = {
         partial(deep_memory, frozen_chunk=FROZEN),
         partial(deep.chunked, frozen_chunk=FROZEN),
     ),
+    ("deep_network", "momentum"): (
+        partial(deep_network, frozen_chunk=FROZEN),
+        partial(network.chunked, frozen_chunk=FROZEN),
+    ),
     ("window_attention", "none"): (windowed(window_attention), windowed(window.blocked)),
     ("linear_scan", "channel"): (linear_scan, scan.chunked),
     ("linear_scan", "weighted"): (
@@ -64,11 +73,11 @@ WALKS = {"linear_scan": ("x", "g"), "wkv4": ("v", "k", "w", "u")}
 ON_GPU = {
     case: runs
     for case, runs in OPS.items()
-    if case[0] not in ("chunk_dplr", "deep_memory", "window_attention")
+    if case[0] not in ("chunk_dplr", "deep_memory", "deep_network", "window_attention")
 }
 
 
-def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
+def arguments(op, decay, shape, dtype) -> dict[str, Any]:
     """The shapes of an op's arrays."""
     if op in WALKS:
         first, *others = WALKS[op]
@@ -79,9 +88,12 @@ def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
     given |= {"beta": rate} if op == "chunk_delta" else {}
     given |= dict.fromkeys("ab", given["k"]) if op == "chunk_dplr" else {}
-    if op == "deep_memory":
+    if op in ("deep_memory", "deep_network"):
         steps = jax.ShapeDtypeStruct((*shape[:3], 1), jnp.float32)
-        start = jax.ShapeDtypeStruct((*shape[2:], shape[3]), jnp.float32)
+        hidden = (EXPANSION * shape[3],) * (op == "deep_network")
+        pairs = itertools.pairwise((shape[3], *hidden, shape[3]))
+        layers = tuple(jax.ShapeDtypeStruct((shape[2], m, n), jnp.float32) for m, n in pairs)
+        start = layers if hidden else layers[0]
         return given | {"g": rate, "m": rate, "rates": steps, "start": start}
     logs = jax.ShapeDtypeStruct(shape, jnp.float32)
     return given | {"none": {}, "head": {"g": rate}, "channel": {"g": logs}}[decay]

@@ -247,13 +247,13 @@ class GradientMemory(MemoryCell):
         return from_chunks(y, length).astype(output), final
 
     def pallas(self, params, state, xs, reset, write):
-        """`pallas_kernels.deep_memory`, for a matrix without a transform of its momentum."""
-        from pallas_kernels import deep_memory
+        """`pallas_kernels.deep_memory` or `deep_network`, without a transform of the momentum."""
+        from pallas_kernels import deep_memory, deep_network
         from pallas_kernels.deep_memory.reference import State
 
-        if self.depth > 1 or self.transform is not None:
+        if self.transform is not None:
             raise NotImplementedError(
-                f"{type(self).__name__}: the kernel deep_memory has a matrix (depth 1) without "
+                f"{type(self).__name__}: the kernels deep_memory and deep_network have no "
                 f"Newton-Schulz; given {self}; use 'chunked'"
             )
         heads, terms = memories(params, state, xs), self.terms(xs)
@@ -262,24 +262,31 @@ class GradientMemory(MemoryCell):
         )
         if write is not None and write.ndim == 3:
             write = jnp.repeat(write, heads // write.shape[2], axis=2)
-        given = None
+        op, is_matrix = (deep_memory, True) if self.depth == 1 else (deep_network, False)
+
+        def given(layers):
+            """Layers as the op takes them."""
+            return layers[0] if is_matrix and layers else layers
+
+        carried = None
         if state is not None:
-            (weights,), (base,), momentum = state.weights, state.base, state.momentum
-            pairs = state.pairs or (None,) * 3
-            given = State(weights, momentum and momentum[0], base, state.place, *pairs)
-        o, found = deep_memory(
-            *(q, k, v, g, rates, params[0]),
+            weights, momentum, base = map(given, (state.weights, state.momentum, state.base))
+            past_k, past_v, number = state.pairs or (None, None, None)
+            carried = State(weights, momentum, base, state.place, past_k, past_v, number)
+        o, found = op(
+            *(q, k, v, g, rates, given(params)),
             m=m,
             frozen_chunk=self.frozen_chunk,
             loss=self.loss,
-            state=given,
+            state=carried,
             reset=reset,
             write=write,
             platform=mesh_platform(),
         )
-        momentum = (found.momentum,) if self.momentum else None
+        weights, momentum, base = ((a,) if is_matrix else a for a in found[:3])
         pairs = Pairs(found.k, found.v, found.number) if self.pairs > 1 else None
-        return o, Learner((found.weights,), momentum, (found.base,), found.place, pairs)
+        momentum = momentum if self.momentum else None
+        return o, Learner(weights, momentum, base, found.place, pairs)
 
     def _window(self, fresh: Learner, state: Learner, x: Terms, reset, written, aligned: bool):
         """A window of at most C tokens; `aligned` when it is a frozen chunk of one document."""

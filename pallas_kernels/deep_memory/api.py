@@ -91,7 +91,7 @@ def deep_memory(
     momentum = found[1] if rule.momentum else None
     number = None if rows.there is None else everywhere(rows.there)
     new = State(found[0], momentum, found[-1], place, pairs[0], pairs[1], number)
-    return checkpoint_name((o[..., : axes[1]], _of_heads(new, _cut, *axes)), "memory_out")
+    return checkpoint_name((o[..., : axes[1]], _of_heads(new, common.cut, *axes)), "memory_out")
 
 
 def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write):
@@ -110,16 +110,7 @@ def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write)
     for name, (array, axes) in wanted.items():
         if array is not None and array.shape != axes:
             raise ValueError(f"{NAME}: {name} must be {list(axes)}; given {list(array.shape)}")
-    if write is not None and (write.shape not in (one[:2], one) or write.dtype != bool):
-        raise ValueError(
-            f"{NAME}: write must be bool {list(one[:2])} or {list(one)}; given {write.dtype} "
-            f"{list(write.shape)}"
-        )
-    if frozen_chunk < 1 or loss not in LOSSES:
-        raise ValueError(
-            f"{NAME}: frozen_chunk must be at least 1 and loss one of {', '.join(LOSSES)}; given "
-            f"{frozen_chunk} and {loss!r}"
-        )
+    common.check_frozen(NAME, frozen_chunk, loss, LOSSES, write, one)
     return one
 
 
@@ -152,18 +143,6 @@ def _plan(q, v, rule, chunk, frozen_chunk, generation: str, interpret) -> common
 # ---------------------------------------------------------------- heads of other sizes
 
 
-def _wider(a, *axes: int):
-    """a with zeros behind its last axes, up to these sizes."""
-    front = [(0, 0)] * (a.ndim - len(axes))
-    more = zip(axes, a.shape[-len(axes) :], strict=True)
-    return jnp.pad(a, [*front, *((0, size - has) for size, has in more)])
-
-
-def _cut(a, *axes: int):
-    """The first numbers of its last axes."""
-    return a[(..., *map(slice, axes))]
-
-
 def _of_heads(state: State, fit, width: int, size: int) -> State:
     """A state whose heads fit(array, sizes of its last axes) makes K x V."""
     axes: dict[str, tuple[int, ...]] = {"k": (width,), "v": (size,)}
@@ -182,8 +161,14 @@ def _served_heads(q, k, v, start, state):
     )
     if (width, size) == (q.shape[-1], v.shape[-1]):
         return q, k, v, start, state
-    state = None if state is None else _of_heads(state, _wider, width, size)
-    return _wider(q, width), _wider(k, width), _wider(v, size), _wider(start, width, size), state
+    state = None if state is None else _of_heads(state, common.wider, width, size)
+    return (
+        common.wider(q, width),
+        common.wider(k, width),
+        common.wider(v, size),
+        common.wider(start, width, size),
+        state,
+    )
 
 
 # ---------------------------------------------------------------- rows

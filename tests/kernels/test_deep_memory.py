@@ -1,5 +1,5 @@
-"""A matrix trained by gradient steps: against its reference, by the interpreters, as lowered, and
-through the cells."""
+"""Matrices and networks trained by gradient steps: against their references, by the interpreters,
+as lowered, and through the cells."""
 
 import dataclasses
 import re
@@ -19,17 +19,28 @@ import memjax
 from memjax.cells.atlas import Atlas, OmegaNet
 from memjax.cells.titans import Titans
 from memjax.typing import fields
-from pallas_kernels import deep_memory, interpreted, ops
-from pallas_kernels.deep_memory import factors, layout, reference, tpu, tpu_vjp
-from pallas_kernels.deep_memory.specs import SPECS, Spec, flat
+from pallas_kernels import deep_memory, deep_network, interpreted, ops
+from pallas_kernels.deep_memory import factors, layout, reference, specs, tpu, tpu_vjp
+from pallas_kernels.deep_memory.specs import Spec
+from pallas_kernels.deep_network import network, plain, windows
+from pallas_kernels.deep_network import reference as network_reference
+from pallas_kernels.deep_network import specs as network_specs
+from pallas_kernels.deep_network import tpu as network_tpu
+from pallas_kernels.deep_network import tpu_vjp as network_vjp
 
-CASES = kernel_checks.cases({"deep_memory": (deep_memory, reference, SPECS)})
+OPS = {
+    "deep_memory": (deep_memory, reference, specs.SPECS),
+    "deep_network": (deep_network, network_reference, network_specs.SPECS),
+}
+FLAT = {"deep_memory": specs.flat, "deep_network": network_specs.flat}
+CASES = kernel_checks.cases(OPS)
 
 
 def check(case, how=True):
     """`kernel_checks.check`; in bfloat16 the plain form is the token loop with float32 sums."""
-    spec = case.spec
-    op, loop = flat(deep_memory, spec, chunk=spec.chunk), flat(reference.sequential, spec)
+    spec, flat, (op, source, _) = case.spec, FLAT[case.op], OPS[case.op]
+    options = {} if spec.chunk is None else {"chunk": spec.chunk}
+    op, loop = flat(op, spec, **options), flat(source.sequential, spec)
     with interpreted("tpu", how):
         kernel_checks.check(op, loop, loop, spec)
 
@@ -55,16 +66,31 @@ def test_a_walk_in_parallel_is_found(module, monkeypatch):
         check(CASES["deep_memory-ragged"], race())
 
 
-def test_the_chunked_reference_is_the_token_loop():
-    """From the initial state, all tokens written: the form whose cost is the plain form's."""
-    for more in ({}, {"momentum": False, "context": 5}, {"context": 3, "loss": "dot"}):
-        spec = Spec(name="", T=24, K=8, V=4, frozen=4, state=False, **more)
-        plain = lambda *given, state, reset, write, **others: reference.chunked(*given, **others)  # noqa: E731
-        with contract.x64(True):
-            wanted = kernel_checks.results(flat(reference.sequential, spec), spec, jnp.float64)
-            found = kernel_checks.results(flat(plain, spec), spec, jnp.float64)
-        for leaf, value in wanted.items():
-            assert kernel_checks.distance(found[leaf], value) < 1e-10, leaf
+SMALL: dict = {"name": "", "T": 24, "K": 8, "V": 4, "frozen": 4, "state": False}
+MATRIX, NETWORK = partial(Spec, **SMALL), partial(network_specs.Spec, **SMALL, hidden=(16,))
+
+
+@pytest.mark.parametrize(
+    "op, form, spec, bound",
+    [
+        ("deep_memory", reference.chunked, MATRIX(), 1e-10),
+        ("deep_memory", reference.chunked, MATRIX(momentum=False, context=5), 1e-10),
+        ("deep_memory", reference.chunked, MATRIX(context=3, loss="dot"), 1e-10),
+        ("deep_network", plain.chunked, NETWORK(context=3), 1e-5),
+    ],
+)
+def test_the_chunked_form_is_the_token_loop(op, form, spec, bound):
+    """From the initial state, all tokens written: the form whose cost is the plain form's. That of
+    a network has float32 sums."""
+
+    def chunked(*given, state, reset, write, **others):
+        return form(*given, **others)
+
+    with contract.x64(True):
+        wanted = kernel_checks.results(FLAT[op](OPS[op][1].sequential, spec), spec, jnp.float64)
+        found = kernel_checks.results(FLAT[op](chunked, spec), spec, jnp.float64)
+    for leaf, value in wanted.items():
+        assert kernel_checks.distance(found[leaf], value) < bound, leaf
 
 
 def sees_its_own_chunk(x):
@@ -108,6 +134,28 @@ def test_the_check_finds_a_planted_mistake(module, name, mistake, monkeypatch):
     monkeypatch.setattr(module, "factors", mistaken)
     with pytest.raises(AssertionError, match="off, at most|not finite"):
         check(CASES[f"deep_memory-{name}"])
+
+
+def never_opens(layers, q, k, v, numbers, *more):
+    return layers, q, k, v, numbers.at[:, windows.FLAGS - windows.EXTRA].set(0), *more
+
+
+def keeps_no_momentum(layers, q, k, v, numbers, *more):
+    return layers, q, k, v, numbers.at[:, windows.MOMENTUM - windows.EXTRA].set(0), *more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module, name, mistake",
+    [(network_tpu, "resets", never_opens), (network_vjp, "initial", keeps_no_momentum)],
+)
+def test_the_check_finds_a_mistake_in_a_window(module, name, mistake, monkeypatch):
+    def mistaken(*given, **more):
+        return network.answered(*mistake(*given), **more)
+
+    monkeypatch.setattr(module, "answered", mistaken)
+    with pytest.raises(AssertionError, match="off, at most|not finite"):
+        check(CASES[f"deep_network-{name}"])
 
 
 @pytest.mark.parametrize("context, frozen", [(2, 1), (4, 3), (3, 16)])
@@ -198,31 +246,72 @@ def test_what_does_not_fit_is_told(changes, options, message):
         shaped(arrays() | shapes, **options)
 
 
+def networks(**changes):
+    """Shapes of a network of two layers."""
+    return ops.arguments("deep_network", "momentum", (1, 32, 2, 64), jnp.float32) | changes
+
+
+def of_shape(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "changes, options, error, message",
+    [
+        ({}, dict(platform="cpu"), NotImplementedError, "none for cpu"),
+        (
+            {"start": (of_shape(2, 64, 9000), of_shape(2, 9000, 64))},
+            {},
+            NotImplementedError,
+            "15 MiB of a TPU core: layers of widths 64, 9088, 64; use smaller heads",
+        ),
+        ({"start": of_shape(2, 64, 64)}, {}, ValueError, "start must be a tuple of two layers"),
+        (
+            {"start": (of_shape(2, 64, 128), of_shape(2, 64, 64))},
+            {},
+            ValueError,
+            r"start\[1\] must be \[2, 128, 64\]; given \[2, 64, 64\]",
+        ),
+        ({}, dict(loss="l1"), ValueError, "loss one of l2, dot; given .*'l1'"),
+    ],
+)
+def test_what_a_network_refuses(changes, options, error, message):
+    options = {"platform": "tpu", "frozen_chunk": 4, **options}
+    with pytest.raises(error, match=f"deep_network:? .*{message}"):
+        jax.eval_shape(lambda given: deep_network(**given, **options), networks(**changes))
+
+
 # ---------------------------------------------------------------- what runs
 
 
-def loss(given):
-    o, state = deep_memory(**given, frozen_chunk=4, platform="tpu")
-    return o.sum() + (state.weights**2).sum()
+SHAPES = {"deep_memory": arrays, "deep_network": networks}
 
 
-def kernels(fn):
+def loss(op, given):
+    o, state = OPS[op][0](**given, frozen_chunk=4, platform="tpu")
+    return o.sum() + sum((layer**2).sum() for layer in jax.tree.leaves(state.weights))
+
+
+def kernels(op, fn):
     """How often each kernel is in the lowered program."""
-    text = jax.jit(fn).trace(arrays()).lower(lowering_platforms=("tpu",)).as_text()
-    names = re.findall(r'kernel_name = "deep_memory_([^"]+)"', text)
+    text = jax.jit(fn).trace(SHAPES[op]()).lower(lowering_platforms=("tpu",)).as_text()
+    names = re.findall(rf'kernel_name = "{op}_([^"]+)"', text)
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def test_how_often_the_kernels_run():
-    assert kernels(loss) == {"forward": 1}
-    assert kernels(jax.value_and_grad(loss)) == {"backward": 1, "forward": 1}
+@pytest.mark.parametrize("op", OPS)
+def test_how_often_the_kernels_run(op):
+    one = partial(loss, op)
+    assert kernels(op, one) == {"forward": 1}
+    assert kernels(op, jax.value_and_grad(one)) == {"backward": 1, "forward": 1}
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older ones leave a dead call, jax 0.12")
-def test_a_policy_saves_the_second_forward_kernel():
+def test_a_policy_saves_the_second_forward_kernel(op):
     policy = jax.checkpoint_policies.save_only_these_names("memory_state", "memory_out")
-    grad = jax.grad(jax.checkpoint(loss, policy=policy))
-    assert kernels(grad) == {"backward": 1, "forward": 1}
+    grad = jax.grad(jax.checkpoint(partial(loss, op), policy=policy))
+    assert kernels(op, grad) == {"backward": 1, "forward": 1}
 
 
 # ---------------------------------------------------------------- cells
@@ -233,6 +322,7 @@ CELLS = {
     "omega_net": OmegaNet(64, 64, frozen_chunk=8, context=3),
     "swla": OmegaNet(64, 64, frozen_chunk=8, context=3, loss="dot"),
     "atlas": Atlas(64, 64, frozen_chunk=8, context=2, newton_schulz=0),
+    "network": OmegaNet(24, 16, 2, 2, frozen_chunk=5, context=3),
 }
 
 
@@ -296,9 +386,8 @@ def test_what_a_token_that_only_reads_would_write_does_not_matter():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("changes", [{"depth": 2}, {"newton_schulz": 1}])
-def test_a_network_or_a_transform_has_no_kernel(changes):
-    cell = dataclasses.replace(CELLS["atlas"], **changes)
+def test_newton_schulz_has_no_kernel():
+    cell = dataclasses.replace(CELLS["atlas"], newton_schulz=1)
     params, xs = cell_inputs(cell)
     with interpreted(), pytest.raises(NotImplementedError, match="Atlas: .*use 'chunked'"):
         memjax.run(cell, params, xs, implementation="pallas")

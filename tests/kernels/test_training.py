@@ -10,12 +10,13 @@ from memjax import train_step
 from pallas_kernels import interpreted
 
 STEPS = 50
+GROWS = ("titans",)  # a network that learns: 2.7e-4 between plain forms behind step 38
 MIXERS = {
     "gated_delta_net": {},
     "rg_lru": {},
     "rwkv4": {},
     "rwkv7": {"heads": 1},
-    "titans": {"heads": 1, "depth": 1},
+    "titans": {"heads": 1, "depth": 2, "expansion": 2},
     "sliding_window": {"head_dim": 64, "heads": 2, "kv_heads": 1, "window": 9},
 }
 
@@ -44,8 +45,12 @@ def losses(mixer: str, form: str) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_model_trains_as_with_the_chunked_form(mixer):
-    wanted = losses(mixer, "chunked")
+    """Losses are 1e-4 off at most; where rounding grows, twice as far as those of the token loop,
+    which has no kernel, are from those of the chunked form."""
+    wanted, bound = losses(mixer, "chunked"), 1e-4
+    if mixer in GROWS:
+        bound = max(bound, 2 * np.abs(losses(mixer, "scan") / wanted - 1).max())
     with interpreted():
         found = losses(mixer, "pallas")
     assert wanted[-1] < wanted[0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    np.testing.assert_allclose(found, wanted, rtol=bound)

@@ -1,0 +1,1 @@
+"""A network trained by gradient steps: reference.py defines it, api.py is what others call."""
