@@ -184,7 +184,7 @@ def memory_table(rows: list[dict]) -> str:
 
     found = {tuple(row[n] for n in CASE): cell(row) for row in rows}
     keys = dict.fromkeys(key[:-1] for key in found)
-    lines = [[*key, *(found[*key, g] for g in generations)] for key in keys]
+    lines = [[*key, *(found.get((*key, g), "") for g in generations)] for key in keys]
     return markdown([*CASE[:-1], *generations], lines)
 
 

@@ -10,12 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import common
 from pallas_kernels.deep_memory.reference import LOSSES, State
 from pallas_kernels.deep_network import tpu, tpu_vjp
-from pallas_kernels.deep_network.layout import Sizes, layout, sizes
-from pallas_kernels.deep_network.network import Memory, flat, memory_of
+from pallas_kernels.deep_network.layout import Sizes, layout, memory, sizes, state_of
+from pallas_kernels.deep_network.network import flat, memory_of
 from pallas_kernels.deep_network.reference import initial_state
 from pallas_kernels.deep_network.windows import EXTRA, Rule, coefficients
 
 NAME = "deep_network"
+ROOM = 50 * common.MIB  # bytes of VMEM by our count, but on a v4
 LONGEST = 128  # tokens of a window
 WINDOWS, HEADS = (8, 4, 2, 1), (4, 2, 1)  # of a grid step, the best first
 
@@ -60,10 +61,10 @@ def deep_network(
             f"{NAME} has kernels for tpu, none for {platform}; use a plain form"
         )
     common.check_served(NAME, {"q": q, "k": k}, v)
-    context = rates.shape[-1]
-    size = sizes(length, context, frozen_chunk, LONGEST)
+    size = sizes(length, frozen_chunk, LONGEST)
     apart = state is not None or write is not None or size.tokens < min(frozen_chunk, length)
-    rule = Rule(m is not None, loss, residual, 1 + apart if reset is None else 3)
+    bases = 1 + apart if reset is None else 3
+    rule = Rule(m is not None, rates.shape[-1], loss, residual, bases)
     static = _plan(size, served, rule, heads, v.dtype, generation, interpret)
     if state is None:
         state = initial_state(batch, start, rates, rule.momentum)
@@ -73,16 +74,13 @@ def deep_network(
     start = tuple(layer.astype(jnp.float32) for layer in start)
     q, k, v, scalars, write = _masked(q, k, v, (g, m, rates), write)
     rows = layout(q, k, v, scalars, reset, write, state, frozen_chunk, size)
-    numbers = coefficients(rows.tokens, rule, frozen_chunk, size.pairs)
-    layers = flat(Memory(state.weights, state.momentum, state.base))
-    layers = [layer.astype(jnp.float32) for layer in layers]
+    numbers = coefficients(rows.tokens, rule, frozen_chunk)
+    given = [layer.astype(jnp.float32) for layer in flat(memory(state, rule))]
     fresh = start if rule.bases == 3 else ()
-    o, found = _op((static, rule), rows.q, rows.k, rows.v, numbers, fresh, layers)
+    o, found = _op((static, rule), rows.q, rows.k, rows.v, numbers, fresh, given)
     o = o.reshape(batch, heads, size.number, size.rows, -1)[:, :, :, : size.tokens]
     o = jnp.moveaxis(o, 1, 3).reshape(batch, -1, heads, o.shape[-1])[:, :length]
-    past_k, past_v = rows.last or (None, None)
-    weights, momentum, base = memory_of(found, rule)
-    new = State(weights, momentum, base, rows.place, past_k, past_v, rows.number)
+    new = state_of(memory_of(found, rule), rows.place, rows.number, rule)
     narrow = functools.partial(_narrowed, widths=widths)
     new = _fitted(new, narrow, common.cut, widths)
     return checkpoint_name((common.cut(o, widths[-1]), new), "memory_out")
@@ -115,18 +113,21 @@ def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write)
 def _plan(size: Sizes, widths, rule: Rule, heads: int, dtype, generation, interpret) -> tpu.Static:
     """The blocks of a TPU; NotImplementedError where none serves."""
     small = common.has_small_memory(generation)
-    room, limit = (common.SMALL, None) if small else (common.LARGE, common.LIMIT)
+    room, limit = (common.SMALL, None) if small else (ROOM, common.LIMIT)
     weights = 4 * sum(max(m, 8) * max(n, 128) for m, n in itertools.pairwise(widths))
-    # carried, their gradients behind all, two buffers of those in front; those of each window below
-    once, fresh = 4 * rule.states + 1, 2 * (rule.bases == 3)
+    # what a window makes, as compiled, with what spills; float32 factors are in three parts
+    made = 5 * weights + 44 * rule.bases * (size.rows + rule.front) * sum(widths)
+    made *= 1 if dtype == jnp.bfloat16 else 3
+    # carried, their gradients behind all, two buffers of those in front
+    once = (4 * rule.states + 2 * (rule.bases == 3)) * weights + made
     # two buffers of what rows have, and of coefficients and their gradients
-    width, numbers = sum(max(n, 128) for n in widths[:: len(widths) - 1]), rule.columns(size.pairs)
-    of_rows = 4 * dtype.itemsize * (size.rows + size.pairs) * width
-    of_rows += 16 * (size.rows + EXTRA) * (numbers + -numbers % 128)
+    width, numbers = sum(max(n, 128) for n in widths[:: len(widths) - 1]), rule.columns(size.rows)
+    of_rows = 8 * dtype.itemsize * size.rows * width
+    of_rows += 16 * (size.rows + EXTRA + rule.front) * (numbers + -numbers % 128)
     for windows, count in itertools.product(WINDOWS, HEADS):
-        bytes_of = (once + fresh + windows * rule.states) * weights + windows * of_rows
+        bytes_of = once + windows * (rule.states * weights + of_rows)
         if heads % count == 0 and count * bytes_of <= room and windows <= size.number:
-            return tpu.Static(size.rows, size.pairs, windows, count, interpret, limit)
+            return tpu.Static(size.rows, windows, count, interpret, limit)
     raise NotImplementedError(
         f"{NAME} does not fit {room // common.MIB} MiB of a TPU core: layers of widths "
         f"{', '.join(map(str, widths))}; use smaller heads, a smaller expansion, or a plain form"

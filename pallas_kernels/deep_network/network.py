@@ -73,11 +73,13 @@ class Place(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The layers of W, Z (None without momentum) and W_b in front of a window."""
+    """The layers of W, Z (None without momentum) and W_b in front of a window, and k and v of the
+    pairs there, [F, ...] (None for c = 1)."""
 
     weights: Layers
     momentum: Layers | None
     base: Layers
+    pairs: Layers | None
 
 
 class Learnt(NamedTuple):
@@ -90,14 +92,18 @@ class Learnt(NamedTuple):
 
 
 class Window:
-    """One memory in a window. k: [P, K], v: [P, V], float32; coefficients [S + EXTRA, n]; start:
-    layers, None where no document begins. like: the op's dtype, which holds k and q."""
+    """One memory in a window. k: [S, K], v: [S, V], float32; coefficients [S + EXTRA + F, n];
+    start: layers, None where no document begins. like: the op's dtype, which holds k, v and q."""
 
     def __init__(self, memory: Memory, k, v, coefficients, start, rule: Rule, like):
         self.memory, self.k, self.v, self.start, self.rule = memory, k, v, start, rule
+        if memory.pairs is not None:
+            self.k, self.v = map(jnp.concatenate, zip((k, v), memory.pairs, strict=True))
         self.rough, self.held = Factor(like), Factor(like, exact=True)
         self.count = coefficients.shape[1] - rule.sources
-        self.tokens, self.extra = coefficients[: -windows.EXTRA], coefficients[-windows.EXTRA :]
+        behind = len(k) + windows.EXTRA
+        self.tokens, self.extra = coefficients[: len(k)], coefficients[len(k) : behind]
+        self.chosen = coefficients[behind:, : len(self.k)]
         self.columns = jnp.swapaxes(self.extra, 0, 1)
 
     def place(self, row: int, upto: int) -> Place:
@@ -145,7 +151,7 @@ class Window:
 
     def learnt(self) -> tuple[Learnt, Memory]:
         """(What the pairs teach, the memory behind the window)."""
-        weights, momentum, base = self.memory
+        weights, momentum, base, _ = self.memory
         known = [weights, *([momentum] if self.rule.momentum else [])]
         if self.rule.bases > 1:
             base = select(self.flag("opens"), weights, base)
@@ -179,7 +185,12 @@ class Window:
         base = self.memory.base
         for name, weights in zip(("opened", "crossed", "begun"), bases, strict=False):
             base = select(self.flag(name), weights, base)
-        return Memory(new[0], new[1] if self.rule.momentum else None, base)
+        pairs = None if self.memory.pairs is None else (self.kept(self.k), self.kept(self.v))
+        return Memory(new[0], new[1] if self.rule.momentum else None, base, pairs)
+
+    def kept(self, x):
+        """Of pairs, those in front of the next window."""
+        return product(self.chosen, x, 1, 0, self.held, self.held)
 
     def answers(self, x: Learnt, q):
         """[S, V] to the queries q [S, K], float32."""
@@ -204,10 +215,12 @@ def select(mask, on_true: Layers, on_false: Layers) -> Layers:
 
 
 def memory_of(layers, rule: Rule) -> Memory:
-    """From the layers of W, Z and W_b in a row."""
-    depth = len(layers) // rule.states
-    found = [tuple(layers[n : n + depth]) for n in range(0, len(layers), depth)]
-    return Memory(found[0], found[1] if rule.momentum else None, found[-1])
+    """From the layers of W, Z and W_b, and pairs, in a row."""
+    pairs = 2 if rule.front else 0
+    depth = (len(layers) - pairs) // rule.states
+    found = [tuple(layers[n * depth : (n + 1) * depth]) for n in range(rule.states)]
+    momentum = found[1] if rule.momentum else None
+    return Memory(found[0], momentum, found[-1], tuple(layers[-2:]) if pairs else None)
 
 
 def flat(memory: Memory) -> list:

@@ -21,11 +21,10 @@ from pallas_kernels.deep_network.windows import Rule
 
 
 class Static(NamedTuple):
-    """What a kernel is compiled for. rows, pairs: of a window; windows, heads: of a grid step.
+    """What a kernel is compiled for. rows: of a window; windows, heads: of a grid step.
     interpret, limit: of `pallas_call`, as in `common.Static`."""
 
     rows: int
-    pairs: int
     windows: int
     heads: int
     interpret: Any
@@ -43,9 +42,9 @@ class Blocks(NamedTuple):
     def _at(self, n):
         return self.number - 1 - n if self.backward else n
 
-    def rows(self, count: int, width: int):
-        """[h, M count, width] of [B, H, N count, width]."""
-        shape = (None, self.static.heads, self.static.windows * count, width)
+    def rows(self, width: int):
+        """[h, M S, width] of [B, H, N S, width]."""
+        shape = (None, self.static.heads, self.static.windows * self.static.rows, width)
         return pl.BlockSpec(shape, lambda b, g, n: (b, g, self._at(n), 0))
 
     def coefficients(self, rows: int, width: int):
@@ -79,11 +78,10 @@ def read(refs) -> list:
     return [ref[...] for ref in refs]
 
 
-def kernel(*refs, static, rule, depth, keep):
+def kernel(*refs, static, rule, count, fresh, keep):
     """q, k, v, coefficients; start; the layers in front; o; those behind, whose blocks carry them
     along the walk; with keep those in front of the block."""
     q_ref, k_ref, v_ref, coefficients_ref, *others = refs
-    count, fresh = rule.states * depth, depth * (rule.bases == 3)
     start_refs, others = others[:fresh], others[fresh:]
     initial_refs, o_ref, layer_refs = others[:count], others[count], others[count + 1 :][:count]
     kept_refs = others[2 * count + 1 :]
@@ -99,12 +97,11 @@ def kernel(*refs, static, rule, depth, keep):
     start, like = tuple(read(start_refs)) or None, q_ref.dtype
 
     def window(n, _):
-        of_tokens, of_pairs = rows_at(n, static.rows), rows_at(n, static.pairs)
-        places = (q_ref, of_tokens), (k_ref, of_pairs), (v_ref, of_pairs)
-        q, k, v = (ref[:, rows].astype(jnp.float32) for ref, rows in places)
+        rows = rows_at(n, static.rows)
+        q, k, v = (ref[:, rows].astype(jnp.float32) for ref in (q_ref, k_ref, v_ref))
         numbers = coefficients_ref[:, n]
         o, layers = answered(read(layer_refs), q, k, v, numbers, start, rule=rule, like=like)
-        o_ref[:, of_tokens] = o.astype(like)
+        o_ref[:, rows] = o.astype(like)
         for ref, layer in zip(layer_refs, layers, strict=True):
             ref[...] = layer
 
@@ -115,25 +112,24 @@ def forward(q, k, v, coefficients, start, layers, *, static: Static, rule: Rule,
     """(o [B, H, N S, V], layers behind, with keep those in front of each block, [B, N / M, H, m,
     n]).
 
-    q [B, H, N S, K]; k, v [B, H, N P, ...]; coefficients [B, H, N, ...]; start: layers [H, m, n] or
-    (); layers: of W, Z and W_b, [B, H, m, n], float32.
+    q, k, v [B, H, N S, ...]; coefficients [B, H, N, ...]; start: layers [H, m, n] or (); layers: of
+    W, Z and W_b, [B, H, m, n], and pairs, [B, H, F, ...], float32.
     """
     batch, heads, windows, rows, width = coefficients.shape
     blocks = Blocks(static, windows // static.windows)
     shape, size, axes = jax.ShapeDtypeStruct, v.shape[-1], [x.shape[2:] for x in layers]
     kept = [shape((batch, blocks.number, heads, *two), jnp.float32) for two in axes if keep]
     o, *found = pl.pallas_call(
-        partial(kernel, static=static, rule=rule, depth=len(layers) // rule.states, keep=keep),
+        partial(kernel, static=static, rule=rule, count=len(layers), fresh=len(start), keep=keep),
         grid=(batch, heads // static.heads, blocks.number),
         in_specs=[
-            blocks.rows(static.rows, q.shape[-1]),
-            *(blocks.rows(static.pairs, a.shape[-1]) for a in (k, v)),
+            *(blocks.rows(a.shape[-1]) for a in (q, k, v)),
             blocks.coefficients(rows, width),
             *(blocks.start(*x.shape[1:]) for x in start),
             *(blocks.layer(*two) for two in axes),
         ],
         out_specs=[
-            blocks.rows(static.rows, size),
+            blocks.rows(size),
             *(blocks.layer(*two) for two in axes),
             *(blocks.bounds(*two) for two in axes if keep),
         ],

@@ -18,12 +18,11 @@ from pallas_kernels.deep_network.tpu import Blocks, Static, read, rows_at
 from pallas_kernels.deep_network.windows import Rule
 
 
-def kernel(*refs, static, rule, depth):
+def kernel(*refs, static, rule, count, fresh):
     """q, k, v, do, coefficients; start; the layers in front of the block; gradients of those behind
     all; gradients of q, k, v, coefficients, of the layers and of start, whose blocks carry them
     along the walk; room for the layers in front of each window."""
     q_ref, k_ref, v_ref, do_ref, coefficients_ref, *others = refs
-    count, fresh = rule.states * depth, depth * (rule.bases == 3)
     start_refs, others = others[:fresh], others[fresh:]
     bound_refs, dfinal_refs, others = others[:count], others[count : 2 * count], others[2 * count :]
     (dq_ref, dk_ref, dv_ref, dcoefficients_ref), others = others[:4], others[4:]
@@ -46,8 +45,8 @@ def kernel(*refs, static, rule, depth):
         return ref[:, rows].astype(jnp.float32)
 
     def again(n, _):
-        of_pairs = rows_at(n, static.pairs)
-        given = wide(k_ref, of_pairs), wide(v_ref, of_pairs), coefficients_ref[:, n]
+        rows = rows_at(n, static.rows)
+        given = wide(k_ref, rows), wide(v_ref, rows), coefficients_ref[:, n]
         layers = advanced([room[n] for room in room_refs], *given, start, rule, like)
         for room, layer in zip(room_refs, layers, strict=True):
             room[n + 1] = layer
@@ -56,14 +55,13 @@ def kernel(*refs, static, rule, depth):
 
     def back(step, _):
         n = static.windows - 1 - step
-        of_tokens, of_pairs = rows_at(n, static.rows), rows_at(n, static.pairs)
-        given = wide(q_ref, of_tokens), wide(k_ref, of_pairs), wide(v_ref, of_pairs)
+        rows = rows_at(n, static.rows)
+        given = (wide(ref, rows) for ref in (q_ref, k_ref, v_ref))
         layers = [room[n] for room in room_refs]
         run = partial(answered, rule=rule, like=like)
         _, pull = jax.vjp(run, layers, *given, coefficients_ref[:, n], start)
-        dlayers, *found, dcoefficients, dstart = pull((wide(do_ref, of_tokens), read(dlayer_refs)))
-        places = (dq_ref, of_tokens), (dk_ref, of_pairs), (dv_ref, of_pairs)
-        for (ref, rows), d in zip(places, found, strict=True):
+        dlayers, *found, dcoefficients, dstart = pull((wide(do_ref, rows), read(dlayer_refs)))
+        for ref, d in zip((dq_ref, dk_ref, dv_ref), found, strict=True):
             ref[:, rows] = d.astype(like)
         dcoefficients_ref[:, n] = dcoefficients
         for ref, d in zip(dlayer_refs, dlayers, strict=True):
@@ -80,23 +78,21 @@ def backward(q, k, v, coefficients, start, kept, do, dfinals, *, static: Static,
     blocks = Blocks(static, windows // static.windows, backward=True)
     shape, axes = jax.ShapeDtypeStruct, [x.shape[2:] for x in dfinals]
     layers = [blocks.layer(*two) for two in axes]
-    of_keys = [blocks.rows(static.pairs, a.shape[-1]) for a in (k, v)]
+    of_rows = [blocks.rows(a.shape[-1]) for a in (q, k, v)]
     carried = [shape(x.shape, jnp.float32) for x in (*dfinals, *dfinals[: len(start)])]
     dq, dk, dv, dcoefficients, *found = pl.pallas_call(
-        partial(kernel, static=static, rule=rule, depth=len(axes) // rule.states),
+        partial(kernel, static=static, rule=rule, count=len(axes), fresh=len(start)),
         grid=(batch, heads // static.heads, blocks.number),
         in_specs=[
-            blocks.rows(static.rows, q.shape[-1]),
-            *of_keys,
-            blocks.rows(static.rows, v.shape[-1]),
+            *of_rows,
+            blocks.rows(v.shape[-1]),
             blocks.coefficients(rows, width),
             *(blocks.start(*x.shape[1:]) for x in start),
             *(blocks.bounds(*two) for two in axes),
             *layers,
         ],
         out_specs=[
-            blocks.rows(static.rows, q.shape[-1]),
-            *of_keys,
+            *of_rows,
             blocks.coefficients(rows, width),
             *layers,
             *layers[: len(start)],

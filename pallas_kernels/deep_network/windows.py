@@ -26,17 +26,20 @@ import jax.numpy as jnp
 
 from pallas_kernels.deep_memory.reference import dot
 
+TILE = 16  # rows of bfloat16
 LOWEST = -1e4  # log decays below it are it: exp is zero there
 EXTRA = 8  # rows behind those of tokens: END, MOMENTUM, BORDER, FLAGS and zeros
 END, MOMENTUM, BORDER, FLAGS = range(4)
 
 
 class Rule(NamedTuple):
-    """What is learned. momentum: whether steps have it. loss: "l2" or "dot". residual: whether the
-    network adds its input. bases: that the pairs of a window can have, 1 where each window is a
-    frozen chunk of one document, 2 where others open in it, 3 where documents begin in it too."""
+    """What is learned. momentum: whether steps have it. context: c. loss: "l2" or "dot". residual:
+    whether the network adds its input. bases: that the pairs of a window can have, 1 where each
+    window is a frozen chunk of one document, 2 where others open in it, 3 where documents begin in
+    it too."""
 
     momentum: bool
+    context: int
     loss: str
     residual: bool
     bases: int
@@ -51,9 +54,14 @@ class Rule(NamedTuple):
         """Of W, Z and the start, those that are there."""
         return self.states - 1 + (self.bases == 3)
 
-    def columns(self, pairs: int) -> int:
-        """Of `coefficients`."""
-        return self.bases * pairs + self.sources
+    @property
+    def front(self) -> int:
+        """F, rows of the c - 1 pairs in front of a window, in whole tiles."""
+        return self.context - 1 + (1 - self.context) % TILE
+
+    def columns(self, rows: int) -> int:
+        """Of `coefficients`; rows: of a window's tokens."""
+        return self.bases * (rows + self.front) + self.sources
 
 
 class Tokens(NamedTuple):
@@ -73,10 +81,11 @@ class Tokens(NamedTuple):
     number: jax.Array
 
 
-def coefficients(tokens: Tokens, rule: Rule, frozen_chunk: int, pairs: int):
-    """[B, H, N, S + EXTRA, n] of windows [B, H, N]: columns of the pairs' rows for each base, then
-    of the sources. FLAGS has `flags` instead. pairs: rows of pairs, [c - 1 in front | tokens]."""
-    one = partial(_of_window, rule=rule, frozen_chunk=frozen_chunk, pairs=pairs)
+def coefficients(tokens: Tokens, rule: Rule, frozen_chunk: int):
+    """[B, H, N, S + EXTRA + F, n] of windows [B, H, N]: columns of the pairs' rows for each base,
+    then of the sources. FLAGS has `Flags` instead; the last F rows choose the pairs in front of the
+    next window."""
+    one = partial(_of_window, rule=rule, frozen_chunk=frozen_chunk)
     return jax.vmap(jax.vmap(jax.vmap(one)))(tokens)
 
 
@@ -90,22 +99,37 @@ def decays(g, use, visible):
     return jnp.exp(through), jnp.exp(dot("tj,j->t", visible, g))
 
 
-def _learnt(x: Tokens, rank, document, pairs: int):
-    """R [S, pairs], and whether each pair is of the running document."""
-    context = x.rates.shape[-1]
-    front = context - 1
+class _Pairs(NamedTuple):
+    """The pairs of a window, [tokens | in front, oldest first | none], [n]. rank: how many of their
+    document are in front of each, counted from the window's start. document: 0 for the one that
+    runs on, then counted. there: whether a pair is one to learn from."""
 
-    def fit(of_front, of_tokens):
-        """[pairs]; rows behind the last token are not written."""
-        a = jnp.concatenate([of_front, of_tokens])
-        return jnp.pad(a, (0, max(0, pairs - len(a))))[:pairs]
+    rank: jax.Array
+    document: jax.Array
+    there: jax.Array
 
-    ranks = fit(jnp.arange(-front, 0), rank)
-    of = fit(jnp.zeros(front, document.dtype), document)
-    there = fit(jnp.arange(-front, 0) >= -x.number, x.written) & (document[:, None] == of)
-    age = jnp.where(there, rank[:, None] - ranks, -1)
-    rates = sum(jnp.where(age == n, x.rates[:, n : n + 1], 0) for n in range(context))
-    return rates, of == 0
+    def age(self, rank, document):
+        """How many pairs behind each of its document a token of this rank [m] is; -1: none."""
+        seen = self.there & (document[:, None] == self.document)
+        return jnp.where(seen, rank[:, None] - self.rank, -1)
+
+
+def _pairs(x: Tokens, rank, document, rule: Rule) -> _Pairs:
+    older, more = rule.context - 1, rule.front - rule.context + 1
+    ahead = jnp.arange(-older, more)  # ranks of those in front
+    there = (ahead >= -x.number) & (ahead < 0)
+    running = jnp.zeros_like(ahead, document.dtype)
+    of_all = (rank, ahead), (document, running), (x.written, there)
+    return _Pairs(*(jnp.concatenate(two) for two in of_all))
+
+
+def _kept(pairs: _Pairs, rank, document, written, rule: Rule, columns: int):
+    """Rows [F, columns] with a one where a pair is among the last c - 1, in the order of those in
+    front."""
+    age = pairs.age(rank[-1:] + written[-1:], document[-1:])  # of the token that comes next
+    place = jnp.arange(rule.front)[:, None]
+    rows = ((age == rule.context - 1 - place) & (age > 0)).astype(jnp.float32)
+    return jnp.pad(rows, ((0, 0), (0, columns - rows.shape[1])))
 
 
 class _Pass(NamedTuple):
@@ -144,14 +168,16 @@ def _last(rows):
     return jax.tree.map(lambda a: a[-1:], rows)
 
 
-def _of_window(x: Tokens, rule: Rule, frozen_chunk: int, pairs: int):
+def _of_window(x: Tokens, rule: Rule, frozen_chunk: int):
     """`coefficients` of one."""
     one = x.written.astype(jnp.int32)
     rank, document = jnp.cumsum(one) - one, jnp.cumsum(x.first)
     live = document == 0
     before = live & (x.place + rank < frozen_chunk)
     first, second = x.written & before, x.written & ~before
-    rates, of_running = _learnt(x, rank, document, pairs)
+    pairs = _pairs(x, rank, document, rule)
+    age, of_running = pairs.age(rank, document), pairs.document == 0
+    rates = sum(jnp.where(age == n, x.rates[:, n : n + 1], 0) for n in range(rule.context))
     lower = jnp.tril(jnp.ones((len(rank), len(rank)), bool))
     a = _passed(x, rates, first, lower)
     rows, end = _rows(rule, (a.paths, None, None), (a.alpha, a.f, None)), _last(a)
@@ -176,8 +202,10 @@ def _of_window(x: Tokens, rule: Rule, frozen_chunk: int, pairs: int):
         rows, at_end = jnp.where(before[:, None], rows, behind), behind[-1:]
     extra = [at_end, jnp.zeros_like(border) if momentum is None else momentum, border]
     extra.append(_flags(x, live, first, second, border))
-    rows = jnp.concatenate([rows, *extra])
-    return jnp.pad(rows, ((0, EXTRA - len(extra)), (0, 0)))
+    extra.append(jnp.zeros((EXTRA - len(extra), rows.shape[1]), rows.dtype))
+    if rule.front:
+        extra.append(_kept(pairs, rank, document, one, rule, rows.shape[1]))
+    return jnp.concatenate([rows, *extra])
 
 
 class Flags(NamedTuple):
