@@ -152,11 +152,14 @@ class GatedKalmaNet(MemoryCell):
                     "ij,jk->ik", between * dot("ik,jk->ij", x, k), k
                 )
 
-            start = dot("jk,kl,jl->j", k, state.h, k)
-            pairs = dot("ij,jl->il", between, jnp.square(dot("ik,jk->ij", k, k)))
+            # ||H_t||^2 = e^2g ||H_{t-1}||^2 + 2 e^g k H_{t-1} k + |k|^4, its last two terms `added`.
+            # Without a barrier XLA for TPU v6e and v7x ends in an internal error.
+            asked = lax.optimization_barrier(dot("jk,kl->jl", k, state.h))
+            crossing = between * jnp.square(dot("ik,jk->ij", k, k))
+            added = 2 * since[:, 0] * jnp.sum(k * asked, axis=1)
+            added = added + jnp.sum((2 - jnp.eye(size)) * crossing, axis=1)
             square = jnp.square(since[:, 0]) * jnp.sum(jnp.square(state.h))
-            square = square + 2 * since[:, 0] * dot("ij,j->i", between, start)
-            square = square + jnp.sum(pairs * between, axis=1)
+            square = square + dot("ij,j->i", jnp.square(between), added)
             q = q + alpha * (self._solve(multiply, square, q) - q)
             y = since * dot("ik,kv->iv", q, state.u)
             y = y + dot("ij,jv->iv", between * dot("ik,jk->ij", q, k), v)
