@@ -17,7 +17,7 @@ from pallas_kernels.deep_network.windows import EXTRA, Rule, coefficients
 
 NAME = "deep_network"
 ROOM = 50 * common.MIB  # bytes of VMEM by our count, but on a v4
-LONGEST = 128  # tokens of a window
+LONGEST = (128, 64, 32, 16)  # tokens of a window at most, the first that fits
 WINDOWS, HEADS = (8, 4, 2, 1), (4, 2, 1)  # of a grid step, the best first
 
 
@@ -61,11 +61,19 @@ def deep_network(
             f"{NAME} has kernels for tpu, none for {platform}; use a plain form"
         )
     common.check_served(NAME, {"q": q, "k": k}, v)
-    size = sizes(length, frozen_chunk, LONGEST)
-    apart = state is not None or write is not None or size.tokens < min(frozen_chunk, length)
-    bases = 1 + apart if reset is None else 3
-    rule = Rule(m is not None, rates.shape[-1], loss, residual, bases)
-    static = _plan(size, served, rule, heads, v.dtype, generation, interpret)
+    kind, carried = (m is not None, rates.shape[-1], loss, residual), state is not None
+    for longest in LONGEST:
+        size = sizes(length, frozen_chunk, longest)
+        apart = carried or write is not None or size.tokens < min(frozen_chunk, length)
+        rule = Rule(*kind, 1 + apart if reset is None else 3)
+        static = _plan(size, served, rule, heads, v.dtype, generation, interpret)
+        if static is not None:
+            break
+    else:
+        raise NotImplementedError(
+            f"{NAME} does not fit a TPU core: layers of widths {', '.join(map(str, widths))} in "
+            f"{v.dtype}; use bfloat16, smaller heads, a smaller expansion, or a plain form"
+        )
     if state is None:
         state = initial_state(batch, start, rates, rule.momentum)
     else:
@@ -110,8 +118,8 @@ def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write)
     return one
 
 
-def _plan(size: Sizes, widths, rule: Rule, heads: int, dtype, generation, interpret) -> tpu.Static:
-    """The blocks of a TPU; NotImplementedError where none serves."""
+def _plan(size: Sizes, widths, rule: Rule, heads: int, dtype, generation, interpret):
+    """`tpu.Static` with the blocks of a TPU; None where none fits."""
     small = common.has_small_memory(generation)
     room, limit = (common.SMALL, None) if small else (ROOM, common.LIMIT)
     weights = 4 * sum(max(m, 8) * max(n, 128) for m, n in itertools.pairwise(widths))
@@ -128,10 +136,7 @@ def _plan(size: Sizes, widths, rule: Rule, heads: int, dtype, generation, interp
         bytes_of = once + windows * (rule.states * weights + of_rows)
         if heads % count == 0 and count * bytes_of <= room and windows <= size.number:
             return tpu.Static(size.rows, windows, count, interpret, limit)
-    raise NotImplementedError(
-        f"{NAME} does not fit {room // common.MIB} MiB of a TPU core: layers of widths "
-        f"{', '.join(map(str, widths))}; use smaller heads, a smaller expansion, or a plain form"
-    )
+    return None
 
 
 # ---------------------------------------------------------------- layers of other sizes

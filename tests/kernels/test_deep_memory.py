@@ -263,7 +263,7 @@ def of_shape(*shape):
             {"start": (of_shape(2, 64, 9000), of_shape(2, 9000, 64))},
             {},
             NotImplementedError,
-            "15 MiB of a TPU core: layers of widths 64, 9088, 64; use smaller heads",
+            "does not fit a TPU core: layers of widths 64, 9000, 64 in float32; use bfloat16",
         ),
         ({"start": of_shape(2, 64, 64)}, {}, ValueError, "start must be a tuple of two layers"),
         (

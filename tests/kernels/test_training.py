@@ -13,6 +13,7 @@ STEPS = 50
 GROWS = ("titans",)  # a network that learns: 2.7e-4 between plain forms behind step 38
 MIXERS = {
     "gated_delta_net": {},
+    "gated_kalmanet": {"heads": 1, "iterations": 4},
     "rg_lru": {},
     "rwkv4": {},
     "rwkv7": {"heads": 1},
