@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import common, decays
 
 NAME = "chunk_dplr"
+LEAST = -1.125  # of log decays on GPUs: factors of half a chunk of 64 are at most e^36
 
 
 def chunk_dplr(
@@ -70,7 +71,12 @@ def chunk_dplr(
         raise ValueError(f"{NAME}: lowest must be at most 0, as log decays are; given {lowest}")
     keys = {"q": q, "k": k, "a": a, "b": b}
     given = (keys, v, g, initial_state, reset, scale, chunk, platform)
-    call = common.call(NAME, *given, size_of=size_of, channels=True, platforms=("tpu",))
+    call = common.call(NAME, *given, size_of=size_of, channels=True)
+    if call.static.platform == "gpu" and (lowest is None or lowest < LEAST):
+        raise NotImplementedError(
+            f"{NAME} takes log decays of {LEAST} and above on GPUs, by lowest; given lowest="
+            f"{lowest}; use a plain form"
+        )
     *tokens, reset, initial = call.arrays
     if reset is not None:  # there is nothing for a to read
         tokens[2] = jnp.where(reset[..., None, None], 0, tokens[2])
@@ -83,9 +89,13 @@ def _op(static, lowest, q, k, a, b, v, g, reset, initial):
     return _forward(static, lowest, q, k, a, b, v, g, reset, initial, keep=False)[:2]
 
 
+def _decaying(static, g, reset):
+    return (g, reset) if static.platform == "gpu" else decays.arrays(g, reset, static)
+
+
 def _forward(static, lowest, q, k, a, b, v, g, reset, initial, keep):
-    forward, _ = common.kernels(NAME, static, g)
-    decaying = decays.arrays(g, reset, static)
+    forward, _ = common.kernels(NAME, static)
+    decaying = _decaying(static, g, reset)
     return forward(q, k, a, b, v, decaying, initial, keep=keep, lowest=lowest, **static.options())
 
 
@@ -97,8 +107,8 @@ def _op_forward(static, lowest, q, k, a, b, v, g, reset, initial):
 
 def _op_backward(static, lowest, saved, cotangents):
     *tokens, g, reset, kept = saved
-    _, backward = common.kernels(NAME, static, g)
-    decaying = decays.arrays(g, reset, static)
+    _, backward = common.kernels(NAME, static)
+    decaying = _decaying(static, g, reset)
     options = {"lowest": lowest, **static.options()}
     *found, dinitial = backward(*tokens, decaying, kept, *cotangents, **options)
     return *found, None, dinitial

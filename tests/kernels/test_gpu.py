@@ -45,6 +45,8 @@ CASES = kernel_checks.cases(OPS)
 
 def check(case):
     op, reference, _ = OPS[case.op]
+    if case.spec.lowest is not None:
+        op = partial(op, lowest=case.spec.lowest)
     size = max(n for n in (1, 8, 32) if case.spec.T % n == 0)
 
     def plain(*given, g=None, **more):
