@@ -60,12 +60,12 @@ OPS = {
 WALKS = {"linear_scan": ("x", "g"), "wkv4": ("v", "k", "w", "u")}
 
 
-# Those that have kernels of ours for GPUs.
+SLOW = -0.61  # RWKV-7's log decays are above it
+
+# Those that have kernels of ours for GPUs; chunk_dplr has them for slow decays.
 ON_GPU = {
-    case: runs
-    for case, runs in OPS.items()
-    if case[0] not in ("chunk_dplr", "deep_memory", "window_attention")
-}
+    case: runs for case, runs in OPS.items() if case[0] not in ("deep_memory", "window_attention")
+} | {("chunk_dplr", "channel"): (partial(chunk_dplr, lowest=SLOW), dplr.chunked)}
 
 
 def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:

@@ -60,7 +60,7 @@ def keys(made, documents, v, do, bounds, dbounds, rows, wanted, *, interpret):
     def body(x):
         part, head, row = (lax.axis_index(axis) for axis in ("tile", "head", "batch"))
         there = row, lax.div(part, across), head
-        of_v, of_do = x.tiles.at[8:11], x.tiles.at[11:]
+        of_v, of_do = x.tiles.at[7:10], x.tiles.at[10:]
 
         def fetch(n, slot):
             of_tokens = values(x.v, x.rows, there, n, of_v), values(x.do, x.wanted, there, n, of_do)
@@ -97,7 +97,7 @@ def keys(made, documents, v, do, bounds, dbounds, rows, wanted, *, interpret):
         given | {"rows": rows, "wanted": wanted},
         dict.fromkeys(("dasked", "dkept", "dseen", "dplaced"), gradient),
         {
-            "tiles": tile(14),
+            "tiles": tile(13),
             "document": None if documents is None else NUMBERS,
             "ready": None if documents is None else plgpu.Barrier(num_arrivals=1),
             "arrived": plgpu.Barrier(num_arrivals=6, num_barriers=1),
