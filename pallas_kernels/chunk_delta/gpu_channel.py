@@ -109,9 +109,10 @@ def weights(q, k, beta, logs, *, scale, interpret):
 
 @dataclasses.dataclass(frozen=True)
 class ChannelWalk(Walk):
-    """Where states are in shared memory, `after` has the place of `before`. Where the queries have
-    two parts, what is written has the place of the scores, and beside states in shared memory the
-    inverse that of queries, until it has been used."""
+    """Where states are in shared memory, `after` has the place of `before`. Where queries have two
+    parts, what is written has the place of the scores, and beside states in shared memory the
+    inverse that of queries, which come when it has been used. Where there are no answers, the place
+    of the values is free for the next ones."""
 
     tiles: ClassVar[tuple[str, ...]] = (
         *Walk.tiles,
@@ -160,6 +161,9 @@ class ChannelWalk(Walk):
     def fetch_queries(self, n):
         self.fetch_parts(n, self.x.q, self.x.q_tiles, self.x.q_ready)
 
+    def fetch_values(self, n):
+        copy_in(self.x.v_ready, (self.tokens(self.x.v, n, self.columns()), self.x.v_tile.at[0]))
+
     def fetch_before(self, n):
         self.fetch_parts(n, self.x.before, self.x.before_tiles, self.x.before_ready)
 
@@ -184,6 +188,8 @@ class ChannelWalk(Walk):
         self.fetch_inverse(0)
         if not self.in_turn:
             self.fetch_after(0)
+        if self.x.o is None:
+            self.fetch_values(0)
         self.fetch_through(0)
 
     def seen(self):
@@ -238,9 +244,9 @@ def walk(
 
         R = M (A V + X S),  S <- through . S + Q^T V + Y^T R
 
-    before, after: X and Y, [B, T, 2 H, K] in parts; q: [B, T, H, K], or so; scores, inverses: A and
-    M, [B, H, N, 2, C, C]; through: [B, H, N, 1, K], or two, of which the second is what all of the
-    new S is multiplied by.
+    before, after: X and Y, [B, T, 2 H, K] in parts; q: [B, T, H, K], without answers in parts too;
+    scores, inverses: A and M, [B, H, N, 2, C, C]; through: [B, H, N, 1, K], or two factors, of
+    which the second is of the new S, all of it.
     """
     batch, length, count, size = v.shape
     width, chunks = q.shape[-1], length // SIDE
@@ -252,7 +258,8 @@ def walk(
             pl.when(n + 1 < chunks)(lambda: fetch(n + 1))
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until what is overwritten has left
-        copy_in(x.v_ready, (walk.tokens(x.v, n, walk.columns()), given))
+        if answers:
+            walk.fetch_values(n)
         walk.put_state(state)
         if keep:
             walk.keep_state(x.bounds, n)
@@ -309,6 +316,7 @@ def walk(
         then(walk.fetch_before if walk.in_turn else walk.fetch_after)
         then(walk.fetch_through)
         if not answers:
+            then(walk.fetch_values)
             then(walk.fetch_inverse if x.inverse is None else walk.fetch_queries)
         if x.rows_tile is None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

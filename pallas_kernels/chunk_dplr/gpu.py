@@ -94,62 +94,83 @@ def _kept(x, where):
 
 
 def factors(through, documents):
-    """What `walk` multiplies rows of the state by, [B, H, N, 2, K], from `through` of each chunk:
-    before tokens are added nothing, but in another document zero, and then e to that."""
+    """What `walk` multiplies the rows of S by, [B, H, N, 2, K]: before a chunk's tokens are added
+    by 1, or 0 where another document ends it, then by the decay. through: its log, [B, H, N, K].
+    """
     before = jnp.ones_like(through)
     if documents is not None:
         before = before * (documents[:, None, :, -1:] == 0)
     return jnp.stack([before, jnp.exp(through)], axis=3)
 
 
+# ---------------------------------------------------------------- in a kernel
+
+
+def lower(x, documents):
+    """x [C, C] where j <= i and both are in one document, zero elsewhere."""
+    i, j = mosaic.places(SIDE)
+    together = i >= j
+    if documents is not None:
+        of_i, of_j = (make(documents, x.shape) for make in (mosaic.of_rows, mosaic.of_columns))
+        together = together & (of_i == of_j)
+    return jnp.where(together, x, 0.0)
+
+
+def strictly(x, documents):
+    """The same where j < i."""
+    i, j = mosaic.places(SIDE)
+    return jnp.where(i == j, 0.0, lower(x, documents))
+
+
+def copies(source, place, tiles):
+    """Those of both parts of an array [B, .., 2 H, ..] to two tiles. place: that of the first."""
+    row, where, head, *others = place
+    heads = source.shape[2] // 2
+    there = [source.at[row, where, part * heads + head, *others] for part in range(2)]
+    return zip(there, halves(tiles), strict=True)
+
+
 # ---------------------------------------------------------------- kernels
 
 
-def lower(x, documents, strict: bool = False):
-    """x [C, C] where j <= i, or j < i, both in one document; zero elsewhere."""
-    i, j = mosaic.places(SIDE)
-    kept = i > j if strict else i >= j
-    if documents is not None:
-        of_rows, of_columns = (f(documents, x.shape) for f in (mosaic.of_rows, mosaic.of_columns))
-        kept = kept & (of_rows == of_columns)
-    return jnp.where(kept, x, 0.0)
-
-
-def weights(asked, kept, seen, placed, documents, *, interpret):
-    """[Q^ K^^T, Q^ B^^T, P and M of every chunk, each in parts, [B, H, N, 2, C, C]]. asked, kept,
-    seen, placed: Q^, K^, A^ and B^, in parts [B, T, 2 H, K]; documents: [B, N, C] or None."""
-    batch, length, heads, width = asked.shape
-    heads, chunks = heads // 2, length // SIDE
-    names = ("asked", "seen", "kept", "placed")
+def weights(asked, written, seen, placed, documents, *, interpret):
+    """[Q^ K^^T, Q^ B^^T, P and M of every chunk, [B, H, N, 2, C, C]]. asked, written, seen, placed:
+    Q^, K^, A^ and B^, [B, T, 2 H, K]; all in parts. documents: [B, N, C] or None."""
+    batch, length, twice, width = asked.shape
+    heads, chunks = twice // 2, length // SIDE
 
     def body(x):
         chunk, head, row = (lax.axis_index(axis) for axis in ("chunk", "head", "batch"))
+        asked, seen, written, placed = in_pairs(x.tiles, 4)
 
         def fetch(n, slot):
-            for name, parts in zip(names, in_pairs(x.tiles, 4), strict=True):
-                source = getattr(x, name)
-                copy_in(x.arrived.at[slot], *copies(source, row, chunk, head, span(n), parts))
+            place = row, span(chunk), head, span(n)
+            sources = x.asked, x.seen, x.written, x.placed
+            for source, parts in zip(sources, in_pairs(x.tiles, 4), strict=True):
+                copy_in(x.arrived.at[slot], *copies(source, place, parts))
 
         def use(slot, *sums):
-            asked, seen, kept, placed = in_pairs(x.tiles, 4)
-            each = [(a, b) for a in (asked, seen) for b in (kept, placed)]
+            each = [(a, b) for a in (asked, seen) for b in (written, placed)]
             for found, (a, b) in zip(sums, each, strict=True):
                 for one, other in in_parts(halves(a), halves(b, turn=True)):
                     plgpu.wgmma(found, one, other)
 
         if documents is not None:
             copy_in(x.ready, (x.documents.at[row, chunk], x.document))
+        scores, answers, wanted, removed = mosaic.sums_over(
+            width // SIDE, 1, x.arrived, fetch, use, 4
+        )
+        if documents is not None:
             plgpu.barrier_wait(x.ready)
-        *made, removed = mosaic.sums_over(width // SIDE, 1, x.arrived, fetch, use, 4)
-        pairs, found, work = x.tiles.at[:6], x.tiles.at[6:8], x.tiles.at[8:]
-        outputs = (x.scores, x.answers, x.wanted)
-        for parts, sums, strict in zip(in_pairs(pairs, 3), made, (False, False, True), strict=True):
-            put(parts, lower(sums, x.document, strict))
+        made = lower(scores, x.document), lower(answers, x.document), strictly(wanted, x.document)
+        pairs, (found,), work = in_pairs(x.tiles, 3), in_pairs(x.tiles.at[6:], 1), x.tiles.at[8:]
+        for parts, of_pairs in zip(pairs, made, strict=True):
+            put(parts, of_pairs)
         plgpu.commit_smem()
-        for parts, there in zip(in_pairs(pairs, 3), outputs, strict=True):
+        for parts, there in zip(pairs, (x.scores, x.answers, x.wanted), strict=True):
             plgpu.copy_smem_to_gmem(parts, there.at[row, head, chunk])
-        lower_ = -lower(removed, x.document, strict=True)
-        put(found, inverse_of(SimpleNamespace(work=work, found=found), lower_))
+        removed = -strictly(removed, x.document)
+        put(found, inverse_of(SimpleNamespace(work=work, found=found), removed))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(found, x.inverses.at[row, head, chunk])
         plgpu.wait_smem_to_gmem(0)
@@ -157,7 +178,13 @@ def weights(asked, kept, seen, placed, documents, *, interpret):
     made = jax.ShapeDtypeStruct((batch, heads, chunks, 2, SIDE, SIDE), HALF)
     return mosaic.run(
         body,
-        {"asked": asked, "kept": kept, "seen": seen, "placed": placed, "documents": documents},
+        {
+            "asked": asked,
+            "written": written,
+            "seen": seen,
+            "placed": placed,
+            "documents": documents,
+        },
         dict.fromkeys(("scores", "answers", "wanted", "inverses"), made),
         {
             "tiles": tile(12),
@@ -172,20 +199,6 @@ def weights(asked, kept, seen, placed, documents, *, interpret):
     )
 
 
-def copies(source, row, chunk, head, columns, parts):
-    """Those of 64 columns of a chunk in [B, T, 2 H, D] of parts to two tiles."""
-    heads = source.shape[2] // 2
-    there = [source.at[row, span(chunk), n * heads + head, columns] for n in range(2)]
-    return zip(there, halves(parts), strict=True)
-
-
-def state_copies(source, row, chunk, head, rows, columns, parts):
-    """Those of 64 x 64 numbers of [B, N, 2 H, K, V] of parts."""
-    heads = source.shape[2] // 2
-    there = [source.at[row, chunk, n * heads + head, rows, columns] for n in range(2)]
-    return zip(there, halves(parts), strict=True)
-
-
 def outputs(x, first, second, single, parts, bounds, *, backward, name, interpret):
     """X S + F V + G R of each chunk, [B, T, H, V]; of the transposes of F and G where backward.
 
@@ -198,40 +211,34 @@ def outputs(x, first, second, single, parts, bounds, *, backward, name, interpre
     def body(x):
         part, head, row = (lax.axis_index(axis) for axis in ("tile", "head", "batch"))
         chunk, columns = lax.div(part, across), span(lax.rem(part, across))
-        reading, others = x.tiles.at[:4], x.tiles.at[4:]
-        queries, state = in_pairs(reading, 2)
-        first, second, rows = in_pairs(others, 3)
+        queries, state, first, second, rows = in_pairs(x.tiles, 5)
 
         def fetch(n, slot):
             copy_in(
                 x.arrived.at[slot],
-                *copies(x.x, row, chunk, head, span(n), queries),
-                *state_copies(x.bounds, row, chunk, head, span(n), columns, state),
+                *copies(x.x, (row, span(chunk), head, span(n)), queries),
+                *copies(x.bounds, (row, chunk, head, span(n), columns), state),
             )
 
         def use(slot, found):
             for a, b in in_parts(halves(queries), halves(state)):
                 plgpu.wgmma(found, a, b)
 
-        given = x.single.at[row, span(chunk), head, columns]
+        there = row, span(chunk), head, columns
         copy_in(
             x.ready,
             (x.first.at[row, head, chunk], first),
             (x.second.at[row, head, chunk], second),
-            (given, x.given),
-            *copies(x.parts, row, chunk, head, columns, rows),
+            (x.single.at[there], x.given),
+            *copies(x.parts, there, rows),
         )
         (read,) = mosaic.sums_over(width // SIDE, 1, x.arrived, fetch, use, 1)
         plgpu.barrier_wait(x.ready)
-        (answer,) = dots(
-            [
-                *((a, x.given) for a in halves(first, turn=backward)),
-                *in_parts(halves(second, turn=backward), halves(rows)),
-            ]
-        )
+        single = [(a, x.given) for a in halves(first, turn=backward)]
+        (answer,) = dots([*single, *in_parts(halves(second, turn=backward), halves(rows))])
         store(x.given, read + answer)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x.given, x.made.at[row, span(chunk), head, columns])
+        plgpu.copy_smem_to_gmem(x.given, x.made.at[there])
         plgpu.wait_smem_to_gmem(0)
 
     given = {"x": x, "first": first, "second": second, "single": single, "parts": parts}
@@ -254,21 +261,22 @@ def outputs(x, first, second, single, parts, bounds, *, backward, name, interpre
 
 
 def forward(q, k, a, b, v, decaying, initial, *, scale, lowest, chunk, heads, keep, interpret):
-    """(o, final state[, four of `weights`, S in front of the chunks, R, and the final state]).
+    """(o, final state[, the four of `weights`, S in front of the chunks, R, the final state]).
 
-    T must be a multiple of chunk, which is 64. decaying: g and reset or None, as they were given;
-    lowest: at least LEAST.
+    T must be a multiple of chunk, which is 64. decaying: g, and reset or None; lowest: at least
+    LEAST.
     """
     g, reset = decaying
     *made, through = operands(q, k, a, b, g, reset, scale)
-    made = [split(x, 2) for x in made]
+    asked, written, seen, placed = (split(x, 2) for x in made)
     documents = documents_of(reset)
-    asked, kept, seen, placed = made
-    scores, answers, wanted, inverses = weights(*made, documents, interpret=interpret)
+    scores, answers, wanted, inverses = weights(
+        asked, written, seen, placed, documents, interpret=interpret
+    )
     final, bounds, rows = walk(
         asking(seen, documents),
         writing(placed, documents),
-        writing(kept, documents),
+        writing(written, documents),
         *(wanted, inverses, v),
         factors(through[:, :, 1:], documents),
         jnp.exp(through[:, :, 0, :, None]) * initial,

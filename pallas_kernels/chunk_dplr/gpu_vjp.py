@@ -28,7 +28,7 @@ from pallas_kernels.chunk_dplr.gpu import (
     lower,
     operands,
     outputs,
-    state_copies,
+    strictly,
     writing,
 )
 from pallas_kernels.mosaic import (
@@ -53,7 +53,7 @@ def keys(made, documents, v, do, bounds, dbounds, rows, wanted, *, interpret):
     """[dQ^, dK^, dA^ and dB^, float32 [B, T, H, K]]. made: Q^, K^, A^ and B^; bounds, dbounds,
     rows, wanted: S, dS, R and dW, all of them in parts; documents: [B, N, C] or None."""
     batch, length, heads, size = v.shape
-    asked, kept, seen, placed = made
+    asked, written, seen, placed = made
     width, chunks = asked.shape[-1], length // SIDE
     across, steps = width // SIDE, size // SIDE
 
@@ -63,39 +63,35 @@ def keys(made, documents, v, do, bounds, dbounds, rows, wanted, *, interpret):
         of_v, of_do = x.tiles.at[7:10], x.tiles.at[10:]
 
         def fetch(n, slot):
-            of_tokens = values(x.v, x.rows, there, n, of_v), values(x.do, x.wanted, there, n, of_do)
-            for pairs in of_tokens:
-                copy_in(x.arrived.at[slot], *pairs)
+            copy_in(x.arrived.at[slot], *values(x.v, x.rows, there, n, of_v))
+            copy_in(x.arrived.at[slot], *values(x.do, x.wanted, there, n, of_do))
 
         def use(slot, *sums):
-            v, do, rows, wanted = of_v.at[0], of_do.at[0], of_v.at[1:], of_do.at[1:]
-            products = (
-                [(do, turned(v))],
-                both(do, halves(rows, turn=True)),
-                [(a, turned(v)) for a in halves(wanted)],
-                in_parts(halves(wanted), halves(rows, turn=True)),
-            )
-            for found, pairs in zip(sums, products, strict=True):
-                for a, b in pairs:
-                    plgpu.wgmma(found, a, b)
+            v, rows = turned(of_v.at[0]), halves(of_v.at[1:], turn=True)
+            do, wanted = of_do.at[0], halves(of_do.at[1:])
+            products = [(do, v)], both(do, rows), [(a, v) for a in wanted], in_parts(wanted, rows)
+            add(sums, products)
 
         if documents is not None:
             copy_in(x.ready, (x.documents.at[row, there[1]], x.document))
+        scores, answers, wanted, removed = mosaic.sums_over(steps, 1, x.arrived, fetch, use, 4)
+        if documents is not None:
             plgpu.barrier_wait(x.ready)
-        found = mosaic.sums_over(steps, 1, x.arrived, fetch, use, 4)
-        for n, (parts, sums) in enumerate(zip(in_pairs(x.tiles, 4), found, strict=True)):
-            put(parts, lower(sums, x.document, strict=n > 1))
+        found = [lower(each, x.document) for each in (scores, answers)]
+        found += [strictly(each, x.document) for each in (wanted, removed)]
+        for parts, of_pairs in zip(in_pairs(x.tiles, 4), found, strict=True):
+            put(parts, of_pairs)
         plgpu.commit_smem()
         for backward in (False, True):
             half(x, there, span(lax.rem(part, across)), steps, backward)
 
-    given = {"asked": asked, "kept": kept, "seen": seen, "placed": placed, "documents": documents}
-    given |= {"v": v, "do": do, "bounds": bounds, "dbounds": dbounds}
+    given = {"asked": asked, "written": written, "seen": seen, "placed": placed}
+    given |= {"documents": documents, "v": v, "do": do, "bounds": bounds, "dbounds": dbounds}
     gradient = jax.ShapeDtypeStruct((batch, length, heads, width), WIDE)
     return mosaic.run(
         body,
         given | {"rows": rows, "wanted": wanted},
-        dict.fromkeys(("dasked", "dkept", "dseen", "dplaced"), gradient),
+        dict.fromkeys(("dasked", "dwritten", "dseen", "dplaced"), gradient),
         {
             "tiles": tile(13),
             "document": None if documents is None else NUMBERS,
@@ -114,61 +110,60 @@ def keys(made, documents, v, do, bounds, dbounds, rows, wanted, *, interpret):
 def values(single, parts, there, n, tiles):
     """Copies of the n-th 64 columns of V and R, or of dO and dW, to three tiles."""
     row, chunk, head = there
-    return [
-        (single.at[row, span(chunk), head, span(n)], tiles.at[0]),
-        *copies(parts, *there, span(n), tiles.at[1:]),
-    ]
+    place = row, span(chunk), head, span(n)
+    return [(single.at[place], tiles.at[0]), *copies(parts, place, tiles.at[1:])]
+
+
+def add(sums, products):
+    """Starts products, a list for each sum."""
+    for found, pairs in zip(sums, products, strict=True):
+        for a, b in pairs:
+            plgpu.wgmma(found, a, b)
 
 
 def half(x, there, channels, steps, backward):
-    """Writes 64 channels of dQ^ and dA^, or, where backward, of dK^ and dB^, from what x.tiles
-    begin with, the gradients of the pairs in the order of `weights`."""
+    """Writes 64 channels of dQ^ and dA^, or, where backward, of dK^ and dB^. x.tiles: first the
+    gradients of the pairs in the order of `weights`, in parts, then five to work in."""
     row, chunk, head = there
-    if backward:
-        given, made = (x.asked, x.seen), (x.dkept, x.dplaced)
-        single, parts, states = x.v, x.rows, x.dbounds
-    else:
-        given, made = (x.kept, x.placed), (x.dasked, x.dseen)
-        single, parts, states = x.do, x.wanted, x.bounds
     scores, answers, wanted, removed = (
-        halves(pairs, turn=backward) for pairs in in_pairs(x.tiles, 4)
+        halves(parts, turn=backward) for parts in in_pairs(x.tiles, 4)
     )
     if backward:
-        answers, wanted = wanted, answers
-    tiles = x.tiles.at[8:13]
-    operands = in_pairs(tiles, 2)
+        given, made, answers, wanted = (x.asked, x.seen), (x.dwritten, x.dplaced), wanted, answers
+        single, parts, states = x.v, x.rows, x.dbounds
+    else:
+        given, made = (x.written, x.placed), (x.dasked, x.dseen)
+        single, parts, states = x.do, x.wanted, x.bounds
+    tiles = x.tiles.at[8:]
+    operands, state = in_pairs(tiles, 2), tiles.at[3:]
+    place = row, span(chunk), head, channels
     for source, operand in zip(given, operands, strict=True):
-        copy_in(x.operands_ready, *copies(source, *there, channels, operand))
+        copy_in(x.operands_ready, *copies(source, place, operand))
     plgpu.barrier_wait(x.operands_ready)
     first, second = (halves(operand) for operand in operands)
     of_pairs = dots(
         [*in_parts(scores, first), *in_parts(answers, second)],
         [*in_parts(wanted, first), *in_parts(removed, second)],
     )
-    state = tiles.at[3:]
 
     def fetch(n, slot):
         copy_in(
             x.states_arrived.at[slot],
             *values(single, parts, there, n, tiles.at[:3]),
-            *state_copies(states, *there, channels, span(n), state),
+            *copies(states, (row, chunk, head, channels, span(n)), state),
         )
 
     def use(slot, *sums):
-        products = (
-            both(tiles.at[0], halves(state, turn=True)),
-            in_parts(halves(tiles.at[1:3]), halves(state, turn=True)),
-        )
-        for found, pairs in zip(sums, products, strict=True):
-            for a, b in pairs:
-                plgpu.wgmma(found, a, b)
+        across = halves(state, turn=True)
+        add(sums, (both(tiles.at[0], across), in_parts(halves(tiles.at[1:3]), across)))
 
     of_state = mosaic.sums_over(steps, 1, x.states_arrived, fetch, use, 2)
     for to, one, other in zip(made, of_pairs, of_state, strict=True):
         if x.document is not None:
             document = mosaic.of_rows(x.document, other.shape)
-            other = jnp.where(document == (x.document[SIDE - 1] if backward else 0.0), other, 0.0)
-        to[row, span(chunk), head, channels] = one + other
+            own = document == (x.document[SIDE - 1] if backward else 0.0)
+            other = jnp.where(own, other, 0.0)
+        to[place] = one + other
 
 
 def passed_on(bounds, dbounds, final, dfinal, dfirst, through):
@@ -194,7 +189,7 @@ def backward(q, k, a, b, v, decaying, kept, do, dfinal, *, scale, lowest, chunk,
 
     (*made, through), back = jax.vjp(prepared, q, k, a, b, g)
     made, documents = [split(x, 2) for x in made], documents_of(reset)
-    asked, of_k, seen, placed = made
+    asked, written, seen, placed = made
     before = through[:, :, :-1].at[:, :, 0].set(0)  # the first is that of the initial state
     dfirst, dbounds, dwanted = walk(
         writing(placed, documents),
@@ -210,13 +205,12 @@ def backward(q, k, a, b, v, decaying, kept, do, dfinal, *, scale, lowest, chunk,
         interpret=interpret,
     )
     dv = outputs(
-        *(writing(of_k, documents), scores, wanted, do, dwanted, dbounds),
+        *(writing(written, documents), scores, wanted, do, dwanted, dbounds),
         backward=True,
         name="chunk_dplr_backward_values",
         interpret=interpret,
     )
-    given = made, documents, v, do, bounds, dbounds, rows, dwanted
-    gradients = keys(*given, interpret=interpret)
+    gradients = keys(made, documents, v, do, bounds, dbounds, rows, dwanted, interpret=interpret)
     dthrough = passed_on(bounds, dbounds, final, dfinal, dfirst, through)
     dinitial = jnp.exp(through[:, :, 0, :, None]) * dfirst
     *found, dg = back((*gradients, dthrough))
