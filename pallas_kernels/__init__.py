@@ -12,6 +12,7 @@ from pallas_kernels.chunk_dplr.api import chunk_dplr
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.common import interpreted
 from pallas_kernels.deep_memory.api import deep_memory
+from pallas_kernels.gka.api import gka
 from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.window_attention.api import window_attention
 from pallas_kernels.wkv4.api import wkv4
@@ -21,6 +22,7 @@ __all__ = [
     "chunk_dplr",
     "chunk_linear",
     "deep_memory",
+    "gka",
     "interpreted",
     "linear_scan",
     "window_attention",

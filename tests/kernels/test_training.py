@@ -12,6 +12,7 @@ from pallas_kernels import interpreted
 STEPS = 50
 MIXERS = {
     "gated_delta_net": {},
+    "gated_kalmanet": {"heads": 1, "iterations": 4},
     "rg_lru": {},
     "rwkv4": {},
     "rwkv7": {"heads": 1},
