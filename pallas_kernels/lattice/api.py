@@ -114,6 +114,11 @@ def _check(q, k, v, beta, gamma, start, frozen_chunk, objective, state, reset, w
     for name, (array, axes) in wanted.items():
         if array is not None and array.shape != axes:
             raise ValueError(f"{NAME}: {name} must be {list(axes)}; given {list(array.shape)}")
+    if state is not None and (state.base is None) != (frozen_chunk == 1):
+        raise ValueError(
+            f"{NAME}: state.base must be None where frozen_chunk is 1, and slots elsewhere; given "
+            f"frozen_chunk {frozen_chunk} and {'None' if state.base is None else 'slots'}"
+        )
     if write is not None and (write.shape not in (one[:2], one) or write.dtype != bool):
         raise ValueError(
             f"{NAME}: write must be bool {list(one[:2])} or {list(one)}; given {write.dtype} "

@@ -1,6 +1,6 @@
 """Slots of unit norm in plain JAX, one token at a time and in frozen chunks.
 
-    h = v - D^T k, w = k  ("decoding");  h = v, w = k - D v  ("encoding");  h = v, w = k  ("similarity")
+    h = v - D^T k, w = k  (decoding);  h = v, w = k - D v  (encoding);  h = v, w = k  (similarity)
     s_i <- beta s_i + gamma w_i (h - s_i (d_i . h));   o = sum_i q_i s_i / |s_i|
 
 The slots s_i are the rows of S [K, V]; D, with rows d_i, is S in front of the first token of the

@@ -8,8 +8,8 @@ lanes are (memory, g, s) for 8 values of s:
 
     slot 8 g + i % 8 of the i // 8-th 128,  channel 8 (j % G) + s of the j // G-th 128,  G of g
 
-A sum over slots, or channels, is first one of tiles, and only what is left is a sum over g, or s, in
-lanes: of J, or I, tiles at once, which are halved at every step (`fold`). Its result is [8, W].
+A sum over slots, or channels, is first one of tiles; what is left is a sum over g, or s, in lanes,
+of J, or I, tiles at once, which are halved at every step (`fold`). Its result is [8, W].
 """
 
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from jax import lax
 
 LANES, ROWS = 128, 8  # of a tile
 INNER = 8  # values of s
+TURNED = (0, 1, 7, 8, 4, 6, 2, 3, 5, 9)  # axes of `Tiles._split` in the order of tiles
 
 
 def lane(shape):
@@ -103,24 +104,20 @@ class Tiles(NamedTuple):
 
     def tiled(self, states):
         """[B, H, D, D] -> [B, H / 8P, J, I, 8, 128]."""
-        split, _ = self._split(states.shape)
-        return states.reshape(split).transpose(0, 1, 7, 8, 4, 6, 2, 3, 5, 9).reshape(
-            *split[:2], *self.shape
-        )
+        split, _ = self._split(*states.shape[:2])
+        turned = states.reshape(split).transpose(TURNED)
+        return turned.reshape(*split[:2], *self.shape)
 
     def untiled(self, tiles):
         """The way back."""
-        batch, groups = tiles.shape[:2]
-        split, whole = self._split((batch, groups * self.memories))
-        turned = [split[n] for n in (0, 1, 7, 8, 4, 6, 2, 3, 5, 9)]
-        return tiles.reshape(turned).transpose(0, 1, 6, 7, 4, 8, 5, 2, 3, 9).reshape(whole)
+        split, whole = self._split(tiles.shape[0], tiles.shape[1] * self.memories)
+        turned = tiles.reshape([split[axis] for axis in TURNED])
+        return turned.transpose([TURNED.index(axis) for axis in range(len(TURNED))]).reshape(whole)
 
-    def _split(self, shape):
-        """[B, group, row, memory, 128s of slots, g, i, 128s of channels, j, s] and [B, H, D, D]."""
-        (batch, heads), parts = shape[:2], self.width // LANES
-        slots, channels = (parts, self.outer, INNER), (parts, self.outer, INNER)
-        groups = heads // self.memories
-        split = (batch, groups, ROWS, self.side, *slots, *channels)
+    def _split(self, batch: int, heads: int):
+        """[B, group, row, memory, 128s, g, i of slots, 128s, j, s of channels] and [B, H, D, D]."""
+        axes = (self.width // LANES, self.outer, INNER)
+        split = (batch, heads // self.memories, ROWS, self.side, *axes, *axes)
         return split, (batch, heads, self.dim, self.dim)
 
 

@@ -148,9 +148,7 @@ def through_writing(chunk: Chunk, t, x, dkept, dadded, slopes, dslots, dbase):
             dslots[block] = kept * slopes[block]
             dbase[block] = dbase[block] + change
     if rule.objective == "decoding":
-        (of_error,) = over_channels(
-            rule, chunk.blocks, lambda block: base(block) * back[block]
-        )
+        (of_error,) = over_channels(rule, chunk.blocks, lambda block: base(block) * back[block])
         dk = dk - of_base * of_error
     return dk, dh, dkeep, dstep
 
