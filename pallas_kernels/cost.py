@@ -29,7 +29,8 @@ WORK = ("flops", "bytes")
 DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
-FEWER = {"deep_memory": [("bfloat16", 128)]}  # of what takes long to compile
+# Of what takes long to compile.
+FEWER = dict.fromkeys(("deep_memory", "lattice"), [("bfloat16", 128)])
 DTYPES = ("bfloat16", "float32")
 
 

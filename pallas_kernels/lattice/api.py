@@ -137,12 +137,14 @@ def _plan(rule: tpu.Rule, length: int, chunk, generation: str, interpret) -> Sta
         raise NotImplementedError(f"{NAME} takes chunks of {CHUNKS}; given {chunk}")
     small = common.has_small_memory(generation)
     room, limit = (common.SMALL, None) if small else (ROOM, common.LIMIT)
-    tile = rule.tiles.memories * rule.dim**2 * 4
+    slots, token = (4 * rule.tiles.memories * rule.dim * n for n in (rule.dim, 1))  # bytes
     for tokens in (chunk,) if chunk else CHUNKS:
-        # backward: of tokens and in front of them, G' and, of each state, two blocks of those kept
-        # and one each of the gradients behind and in front; fresh slots and their gradients
+        # Backward: states of tokens and in front of them, two blocks of those kept, one each of the
+        # gradients behind and in front; G'; fresh slots and their gradients; seven arrays of tokens
+        # in two blocks, and four that are made again.
         count = rule.states * (tokens + 1 + 4) + 1 + 2 * rule.fresh
-        if count * tile <= room and (chunk or tokens < 2 * max(length, CHUNKS[-1])):
+        fits = count * slots + 18 * tokens * token <= room
+        if fits and (chunk or tokens < 2 * max(length, CHUNKS[-1])):
             return Static(rule, tokens, interpret, limit)
     raise NotImplementedError(
         f"{NAME} does not fit {room // common.MIB} MiB of a TPU core: {rule.tiles.memories} "

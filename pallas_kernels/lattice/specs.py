@@ -103,8 +103,6 @@ SPECS = (
     Spec(name="exact", B=2, T=11, chunk=4, **BEGUN, tags=("fast",)),
     Spec(name="frozen", B=2, T=21, chunk=8, frozen=3, **BEGUN, tags=("race",)),
     Spec(name="initial", T=8, H=3, K=5, V=40, chunk=8, frozen=4, state=False, objective="encoding"),
-    Spec(name="all_lanes", T=6, H=8, K=70, V=128, chunk=4, objective="similarity", resets=(2,)),
-    Spec(name="two_registers", T=3, K=9, V=130, chunk=4, frozen=2, resets=(1,)),
-    Spec(name="hard", T=16, chunk=16, keys="equal", gate=60.0, rate=2.0),
-    Spec(name="bf16", T=9, H=16, K=64, V=64, chunk=8, dtype="bfloat16", resets=(2,)),
+    Spec(name="all_lanes", T=6, H=8, K=70, V=128, chunk=4, keys="equal", gate=60.0, rate=2.0),
+    Spec(name="bf16", T=9, H=16, K=64, V=64, chunk=8, dtype="bfloat16", objective="similarity"),
 )

@@ -29,7 +29,7 @@ def lane(shape):
 
 def permuted(x, source):
     """Lanes of x [8, 128] from those with the numbers `source`."""
-    return jnp.take_along_axis(x, source, axis=1)
+    return jnp.take_along_axis(x, source, axis=1, mode="promise_in_bounds")
 
 
 def fold(x, first: int):
@@ -84,7 +84,7 @@ class Tiles(NamedTuple):
     def of_channels(self, x):
         """[8, W] -> [J, 8, 128], in all slots."""
         at = lane((ROWS, LANES))
-        here = (at & -(INNER * self.outer)) + at % INNER
+        here = (at & -(INNER * self.outer)) + (at & (INNER - 1))
         places = range(0, INNER * self.outer, INNER)
         return jnp.stack([permuted(a, here + n) for a in self._parts(x) for n in places])
 

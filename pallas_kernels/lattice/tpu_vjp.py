@@ -178,8 +178,9 @@ def unprepare(chunk: Chunk, t, x, dslots, dbase, dfresh):
 
 def put_scalar(ref, t, x, dim: int):
     """Sums of x [8, W] over the slots of each memory, into token t of ref [P, 8, C]."""
+    at = lane(x.shape)
     for n in range(ref.shape[0]):
-        mine = x if ref.shape[0] == 1 else jnp.where(lane(x.shape) // dim == n, x, 0.0)
+        mine = x if ref.shape[0] == 1 else jnp.where((at >= n * dim) & (at < (n + 1) * dim), x, 0.0)
         one = jnp.sum(mine, axis=1, keepdims=True)
         ref[n] = jnp.where(lane(ref.shape[1:]) == t, one, ref[n])
 
