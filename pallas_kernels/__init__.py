@@ -12,6 +12,7 @@ from pallas_kernels.chunk_dplr.api import chunk_dplr
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.common import interpreted
 from pallas_kernels.deep_memory.api import deep_memory
+from pallas_kernels.gka.api import gka
 from pallas_kernels.lattice.api import lattice
 from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.window_attention.api import window_attention
@@ -22,6 +23,7 @@ __all__ = [
     "chunk_dplr",
     "chunk_linear",
     "deep_memory",
+    "gka",
     "interpreted",
     "lattice",
     "linear_scan",

@@ -17,6 +17,8 @@ from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear.api import chunk_linear
 from pallas_kernels.deep_memory import reference as deep
 from pallas_kernels.deep_memory.api import deep_memory
+from pallas_kernels.gka import reference as kalman
+from pallas_kernels.gka.api import gka
 from pallas_kernels.lattice import reference as slots
 from pallas_kernels.lattice.api import lattice
 from pallas_kernels.linear_scan import reference as scan
@@ -50,6 +52,7 @@ OPS = {
         partial(deep_memory, frozen_chunk=FROZEN),
         partial(deep.chunked, frozen_chunk=FROZEN),
     ),
+    ("gka", "head"): (gka, kalman.chunked),
     ("lattice", "exact"): (lattice, slots.sequential),
     ("lattice", "frozen"): (
         partial(lattice, frozen_chunk=FROZEN),
@@ -71,7 +74,7 @@ WALKS = {"linear_scan": ("x", "g"), "wkv4": ("v", "k", "w", "u")}
 ON_GPU = {
     case: runs
     for case, runs in OPS.items()
-    if case[0] not in ("chunk_dplr", "deep_memory", "lattice", "window_attention")
+    if case[0] not in ("chunk_dplr", "deep_memory", "gka", "lattice", "window_attention")
 }
 
 
@@ -84,7 +87,8 @@ def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
         return {first: jax.ShapeDtypeStruct(channels, dtype), **dict.fromkeys(others, wide)}
     rate = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     given = dict.fromkeys("qkv", jax.ShapeDtypeStruct(shape, dtype))
-    given |= {"beta": rate} if op == "chunk_delta" else {}
+    given |= {"beta": rate} if op in ("chunk_delta", "gka") else {}
+    given |= {"alpha": rate} if op == "gka" else {}
     given |= dict.fromkeys("ab", given["k"]) if op == "chunk_dplr" else {}
     if op == "deep_memory":
         steps = jax.ShapeDtypeStruct((*shape[:3], 1), jnp.float32)
@@ -125,7 +129,7 @@ def work(fn, *shapes) -> tuple[int, int]:
         arrays = (*equation.invars, *equation.outvars)
         size += sum(a.aval.size * a.aval.dtype.itemsize for a in arrays)
         steps = math.prod(equation.params["grid_mapping"].grid)
-        flops += steps * sum(map(product, equations(equation.params["jaxpr"])))
+        flops += steps * products(equation.params["jaxpr"])
     return flops, size
 
 
@@ -146,9 +150,23 @@ def equations(jaxpr) -> Iterator:
     """Every equation, those inside of others too."""
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                yield from equations(getattr(value, "jaxpr", value))
+        for inner in _inside(equation):
+            yield from equations(inner)
+
+
+def products(jaxpr) -> int:
+    """Floating-point operations of all matrix products, those of loops as often as they run."""
+    flops = 0
+    for equation in jaxpr.eqns:
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        flops += product(equation) + times * sum(map(products, _inside(equation)))
+    return flops
+
+
+def _inside(equation) -> list:
+    """The programs within an equation."""
+    values = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+    return [getattr(value, "jaxpr", value) for value in values if _is_jaxpr(value)]
 
 
 def _is_jaxpr(value) -> bool:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.axes import mesh_platform
 from memjax.cell import MemoryCell
 from memjax.cells._matrix import Terms, decay_to_end, decays
 from memjax.cells.delta_net import DeltaNetMixer
@@ -27,6 +28,7 @@ from memjax.recurrence import (
     accumulator_dtype,
     dot,
     from_chunks,
+    memories,
     per_head,
     per_state,
     power_of_two_at_least,
@@ -152,11 +154,14 @@ class GatedKalmaNet(MemoryCell):
                     "ij,jk->ik", between * dot("ik,jk->ij", x, k), k
                 )
 
-            start = dot("jk,kl,jl->j", k, state.h, k)
-            pairs = dot("ij,jl->il", between, jnp.square(dot("ik,jk->ij", k, k)))
+            # ||H_t||^2 = e^2g ||H_{t-1}||^2 + added, which is 2 e^g k H_{t-1} k + |k|^4. Without a
+            # barrier XLA for TPU v6e and v7x ends in an internal error.
+            asked = lax.optimization_barrier(dot("jk,kl->jl", k, state.h))
+            crossing = between * jnp.square(dot("ik,jk->ij", k, k))
+            added = 2 * since[:, 0] * jnp.sum(k * asked, axis=1)
+            added = added + jnp.sum((2 - jnp.eye(size)) * crossing, axis=1)
             square = jnp.square(since[:, 0]) * jnp.sum(jnp.square(state.h))
-            square = square + 2 * since[:, 0] * dot("ij,j->i", between, start)
-            square = square + jnp.sum(pairs * between, axis=1)
+            square = square + dot("ij,j->i", jnp.square(between), added)
             q = q + alpha * (self._solve(multiply, square, q) - q)
             y = since * dot("ik,kv->iv", q, state.u)
             y = y + dot("ij,jv->iv", between * dot("ik,jk->ij", q, k), v)
@@ -169,6 +174,32 @@ class GatedKalmaNet(MemoryCell):
 
         final, y = lax.scan(chunk, state, to_chunks(tokens, size))
         return from_chunks(y, length).astype(output), final
+
+    def pallas(self, params, state, xs, reset, write):
+        """`pallas_kernels.gka`."""
+        from pallas_kernels import gka
+
+        if self.iterations == 0:
+            raise NotImplementedError(
+                f"GatedKalmaNet: the kernel gka solves; given iterations=0 in {self}; use 'chunked'"
+            )
+        heads, (q, k, *own) = memories(params, state, xs), xs
+        fewer = max(leaf.shape[2] for leaf in (q, k))
+
+        def repeated(tree, count=heads):
+            return jax.tree.map(lambda a: jnp.repeat(a, count // a.shape[2], axis=2), tree)
+
+        v, beta, g, alpha = repeated(own)
+        if write is not None:  # a token whose rate is zero changes nothing
+            write = write[..., None] if write.ndim == 2 else write
+            fewer = max(fewer, write.shape[2])
+            k = select(repeated(write, fewer), repeated(k, fewer), jnp.zeros((), k.dtype))
+            zeros = jax.tree.map(jnp.zeros_like, (v, beta, g))
+            v, beta, g = select(repeated(write), (v, beta, g), zeros)
+        q, k = repeated((q, k), fewer)
+        options = {"ridge": self.ridge, "iterations": self.iterations, "platform": mesh_platform()}
+        o, found = gka(q, k, v, beta, alpha, g=g, initial_state=state, reset=reset, **options)
+        return o, Moments(*found)
 
     @per_state
     def fold(self, params, state, xs, reset, write):

@@ -183,12 +183,12 @@ class Lattice(MemoryCell):
                 "another form"
             )
         heads = memories(params, state, xs)
-        xs = jax.tree.map(lambda leaf: jnp.repeat(leaf, heads // leaf.shape[2], axis=2), xs)
+        repeated = lambda leaf: jnp.repeat(leaf, heads // leaf.shape[2], axis=2)  # noqa: E731
+        q, k, v, beta, gamma = map(repeated, xs)
         if write is not None and write.ndim == 3:
-            write = jnp.repeat(write, heads // write.shape[2], axis=2)
+            write = repeated(write)
         o, found = lattice(
-            *xs,
-            unit(params),
+            *(q, k, v, beta, gamma, unit(params)),
             frozen_chunk=self.frozen_chunk,
             objective=self.objective,
             state=None if state is None else State(*state),

@@ -241,10 +241,6 @@ def _op(static, q, k, v, keep, step, masks, start, states):
     return _forward(static, (q, k, v, keep, step, masks, start, states), keep=False)[:2]
 
 
-def _options(static: Static):
-    return static._asdict()
-
-
 def _rows(a, static: Static):
     """[B, T, H, D] <-> [B, T, H / P, W]."""
     side = static.rule.tiles.side
@@ -285,7 +281,10 @@ def _inputs(static: Static, q, k, v, keep, step, masks, start):
 def _forward(static, given, keep):
     *given, states = given
     tiled = tuple(map(static.rule.tiles.tiled, states))
-    o, found, kept = tpu.forward(*_inputs(static, *given), tiled, keep=keep, **_options(static))
+    q, k, v, scalars, events, fresh = _inputs(static, *given)
+    o, found, kept = tpu.forward(
+        q, k, v, scalars, events, fresh, tiled, keep=keep, **static._asdict()
+    )
     return o.reshape(given[2].shape), tuple(map(static.rule.tiles.untiled, found)), kept
 
 
@@ -297,9 +296,10 @@ def _op_forward(static, *given):
 
 def _op_backward(static, saved, cotangents):
     (given, kept), (do, dstates), tiles = saved, cotangents, static.rule.tiles
-    dstates = tuple(map(tiles.tiled, dstates))
+    q, k, v, scalars, events, fresh = _inputs(static, *given)
+    do, dstates = _rows(do, static), tuple(map(tiles.tiled, dstates))
     *found, dscalars, dfresh, dstates = tpu_vjp.backward(
-        *_inputs(static, *given), kept, _rows(do, static), dstates, **_options(static)
+        q, k, v, scalars, events, fresh, kept, do, dstates, **static._asdict()
     )
     dq, dk, dv = (a.reshape(b.shape) for a, b in zip(found, given[:3], strict=True))
     dkeep, dstep = (_by_token(dscalars[:, :, :, n]) for n in (0, 1))

@@ -78,11 +78,11 @@ def sequential(
     q, k, v = (a.astype(wide) for a in (q, k, v))
     fresh = initial_state(len(q), start, frozen_chunk)
 
-    def learnt(state, *x):
+    def learnt(state, k, v, beta, gamma):
         base = state.slots
         if frozen_chunk > 1:
             base = select(state.place == 0, base, state.base)
-        kept, added, h = (a[..., 0, :] for a in changes(base, *x, objective))
+        kept, added, h = (a[..., 0, :] for a in changes(base, k, v, beta, gamma, objective))
         slots = kept[..., None] * state.slots + dot("bhk,bhv->bhkv", added, h)
         place = (state.place + 1) % frozen_chunk
         slots = select(place == 0, unit(slots), slots)
@@ -119,8 +119,8 @@ def chunked(q, k, v, beta, gamma, start, *, frozen_chunk, objective="decoding"):
         return jnp.moveaxis(a, (1, 3), (0, 2))
 
     def chunk(slots, x):
-        q, *tokens = x
-        kept, added, h = changes(slots, *tokens, objective)
+        q, k, v, beta, gamma = x
+        kept, added, h = changes(slots, k, v, beta, gamma, objective)
         later = (i > i.T)[..., None]  # t > j
         fading = jnp.cumprod(jnp.where(later, kept[:, :, :, None], 1), axis=2)
         share = jnp.where((i >= i.T)[..., None], fading, 0) * added[:, :, None]

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -93,16 +92,18 @@ def flat(op, spec: Spec, **options):
         given = dict(state=state, reset=reset, write=counts["write"])
         o, found = op(q, k, v, beta, gamma, start, **given, **more)
         floats = {"slots": found.slots, "base": found.base}
-        return o, jax.tree.map(lambda a: a, {n: a for n, a in floats.items() if a is not None})
+        return o, {name: a for name, a in floats.items() if a is not None}
 
     return run
 
 
-BEGUN: dict[str, Any] = {"resets": (0, 5, 9), "writes": 0.7}
+BEGUN: dict[str, Any] = {"B": 2, "resets": (0, 5, 9), "writes": 0.7}
+HARD: dict[str, Any] = {"keys": "equal", "gate": 60.0, "rate": 2.0}
+LANES: dict[str, Any] = {"H": 8, "K": 70, "V": 128}
+SMALL: dict[str, Any] = {"H": 3, "K": 5, "V": 40, "dtype": "bfloat16", "state": False}
 SPECS = (
-    Spec(name="exact", B=2, T=11, chunk=4, **BEGUN, tags=("fast",)),
-    Spec(name="frozen", B=2, T=21, chunk=8, frozen=3, **BEGUN, tags=("race",)),
-    Spec(name="initial", T=8, H=3, K=5, V=40, chunk=8, frozen=4, state=False, objective="encoding"),
-    Spec(name="all_lanes", T=6, H=8, K=70, V=128, chunk=4, keys="equal", gate=60.0, rate=2.0),
-    Spec(name="bf16", T=9, H=16, K=64, V=64, chunk=8, dtype="bfloat16", objective="similarity"),
+    Spec(name="exact", T=11, chunk=4, **BEGUN, **HARD, tags=("fast",)),
+    Spec(name="frozen", T=21, chunk=8, frozen=3, **BEGUN, tags=("race",)),
+    Spec(name="all_lanes", T=6, chunk=4, **LANES, objective="similarity"),
+    Spec(name="bf16", T=8, chunk=4, frozen=4, **SMALL, objective="encoding"),
 )

@@ -114,7 +114,7 @@ def over_slots(rule: Rule, blocks, terms):
 
 def over_channels(rule: Rule, blocks, *terms):
     """[8, W] of each of the functions, the sums over channels of its [n, I, 8, 128]."""
-    sums = [0.0] * len(terms)
+    sums: list[Any] = [0.0] * len(terms)
     for block in blocks:
         sums = [x + jnp.sum(term(block), axis=0) for x, term in zip(sums, terms, strict=True)]
     return [rule.tiles.over_channels(x) for x in sums]
@@ -148,13 +148,18 @@ def learn(rule: Rule, blocks, x: Token, scale, slots, base, put):
     return h, along, squares, scale
 
 
+def optional(refs, there: bool) -> tuple[Any, list]:
+    """(the first of refs, which is there or is None, the others)."""
+    return (refs[0], refs[1:]) if there else (None, refs)
+
+
 def kernel(*refs, rule, whole):
     """q, k, v, o [C, 8, W]; scalars [n, P, 8, C]; events [2, C], of which the first row is used;
     fresh slots [J, I, 8, 128] where documents begin, and the states; with keep, those in front of
     the chunk. The blocks of the final states carry them along the walk."""
     q_ref, k_ref, v_ref, scalars_ref, *others = refs
-    event_ref, others = (others[0], others[1:]) if rule.events else (None, others)
-    fresh_ref, others = (others[0], others[1:]) if rule.fresh else (None, others)
+    event_ref, others = optional(others, rule.events)
+    fresh_ref, others = optional(others, rule.fresh)
     count = rule.states
     initial_refs, o_ref, state_refs = others[:count], others[count], others[count + 1 :][:count]
     kept_refs = others[2 * count + 1 :]

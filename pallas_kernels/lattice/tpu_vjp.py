@@ -32,6 +32,7 @@ from pallas_kernels.lattice.tpu import (
     coefficients,
     inverse_norm,
     learn,
+    optional,
     over_channels,
     over_slots,
     token_at,
@@ -159,7 +160,7 @@ def unprepare(chunk: Chunk, t, x, dslots, dbase, dfresh):
 
         @pl.when(chunk.events[0, t] & OPENS > 0)
         def _():
-            opens = x.mask("opens")
+            opens: Any = x.mask("opens")
             for block in chunk.blocks:
                 slope = dbase[block]
                 dslots[block] = dslots[block] + jnp.where(opens, slope, 0.0)
@@ -190,12 +191,12 @@ def kernel(*refs, rule, whole):
     gradients; events [2, C]: what happens, and the number of the base of each token. The blocks of
     the gradients of the first states carry them along the walk."""
     q_ref, k_ref, v_ref, do_ref, scalars_ref, *others = refs
-    event_ref, others = (others[0], others[1:]) if rule.events else (None, others)
-    fresh_ref, others = (others[0], others[1:]) if rule.fresh else (None, others)
+    event_ref, others = optional(others, rule.events)
+    fresh_ref, others = optional(others, rule.fresh)
     count = rule.states
     front_refs, final_refs, others = others[:count], others[count : 2 * count], others[2 * count :]
     dq_ref, dk_ref, dv_ref, dscalars_ref, *others = others
-    dfresh_ref, others = (others[0], others[1:]) if rule.fresh else (None, others)
+    dfresh_ref, others = optional(others, rule.fresh)
     dstate_refs, (slopes, *made) = others[:count], others[count:]
     dslots_ref, dbase_ref = dstate_refs[0], dstate_refs[-1]
 

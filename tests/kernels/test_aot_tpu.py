@@ -1,9 +1,14 @@
 """Whole training steps compiled for slices of TPUs that this machine does not have."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny_runs as runs
 
+import memjax
 from memjax import aot
+from memjax.cells.gated_kalmanet import GatedKalmaNet, Inputs
+from pallas_kernels import deviceless
 
 pytest.importorskip("libtpu", reason="needs libtpu: pip install memjax[tpu]")
 pytestmark = pytest.mark.slow
@@ -32,3 +37,15 @@ def test_a_step_that_does_not_fit():
     assert found["needs"] > found["offered"] > 15 * 2**30
     state = sum(found["bytes"].values())
     assert state > found["offered"] and found["needs"] > state
+
+
+@pytest.mark.parametrize("generation", ["v6e", "v7x"])
+def test_gated_kalmanet_compiles(generation):
+    """A product that is summed at once with its factor ends there in an internal error of XLA."""
+    cell, axes = GatedKalmaNet(128, 128, iterations=1), (1, 256, 8)
+    wide, one = (jax.ShapeDtypeStruct((*axes, *n), jnp.bfloat16) for n in ((128,), ()))
+
+    def gradients(*xs):
+        return jax.grad(lambda *xs: memjax.run(cell, {}, Inputs(*xs))[0].sum(), range(6))(*xs)
+
+    deviceless.compile_for(generation, gradients, wide, wide, wide, one, one, one)
