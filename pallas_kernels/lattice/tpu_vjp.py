@@ -159,8 +159,8 @@ def unprepare(chunk: Chunk, t, x, dslots, dbase, dfresh):
     if not chunk.rule.exact:
 
         @pl.when(chunk.events[0, t] & OPENS > 0)
-        def _():
-            opens: Any = x.mask("opens")
+        def join():
+            opens = x.mask("opens")
             for block in chunk.blocks:
                 slope = dbase[block]
                 dslots[block] = dslots[block] + jnp.where(opens, slope, 0.0)
@@ -169,7 +169,7 @@ def unprepare(chunk: Chunk, t, x, dslots, dbase, dfresh):
     if chunk.rule.fresh:
 
         @pl.when(chunk.events[0, t] & BEGINS > 0)
-        def _():
+        def begin():
             first = x.mask("first")
             for block in chunk.blocks:
                 slope = dslots[block]
