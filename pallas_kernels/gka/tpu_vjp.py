@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import decays
 from pallas_kernels.common import Blocks
 from pallas_kernels.gka.reference import step_of
-from pallas_kernels.gka.tpu import Solver, inverse_norm, moments, sides
+from pallas_kernels.gka.tpu import Moments, Solver, inverse_norm, moments, sides
 from pallas_kernels.products import dot, dot_in_parts, in_step, parts, places, turned
 
 
@@ -74,33 +74,11 @@ def kernel(*refs, decaying, ridge):
     lax.fori_loop(0, iterations, iterate, 0)
 
     def back(m, _):
-        n, now, after = iterations - 1 - m, m % 2, (m + 1) % 2
-
-        def retreat(head):
-            weight, x, y = weight_ref[n], xs_ref[n + 1, head], ys_ref[now, head]
-            u = weight * y
-            crossing, known = yield from solver.products(head, u)
-            asked = dot(sides(x, dtype, True), solver.wide[head], 1, 1)
-            yield
-            made = solver.multiplied(head, u, crossing, known)
-            yield
-            ys_ref[after, head] = ys_ref[after, head] + u - step * made
-            ys_ref[now, head] = (1 - weight) * y
-            pairs = solver.pairs[head]
-            both = split(x), split(u)
-            changes = (
-                u,
-                known * x,
-                crossing * asked,
-                dot_in_parts(both[0], split(solver.past[head] * u), 0, 0),
-                dot_in_parts(split(pairs * asked), both[1], 0, 0)
-                + dot_in_parts(split(pairs * crossing), both[0], 0, 0),
-            )
-            yield
-            for ref, change in zip(sums, changes, strict=True):
-                ref[head] = ref[head] + change
-
-        in_step(map(retreat, range(heads)))
+        n, now = iterations - 1 - m, m % 2
+        in_step(
+            retreat(solver, head, weight_ref[n], xs_ref[n + 1, head], ys_ref, now, sums, split)
+            for head in range(heads)
+        )
         return 0
 
     lax.fori_loop(0, iterations, back, 0)
@@ -112,25 +90,14 @@ def kernel(*refs, decaying, ridge):
         dpast, dpairs, dheld, dk = (-step * a for a in products)
         dpast = jnp.sum(dpast, axis=1, keepdims=True)
         found = yield from moments(k, state, decay, rows[head : head + 1], split)
-        weights, seen = found.weights, found.seen
         inverse, empty = inverse_norm(found.square)
         dx, last = cotangents[head], xs_ref[iterations + 1, head]
         dinverse = dpast * since + jnp.sum(dx * last, axis=1, keepdims=True)
-        dinverse = dinverse + jnp.sum(dpairs * weights, axis=1, keepdims=True)
-        dsquare = jnp.where(empty, 0, -0.5 * inverse * inverse * inverse * dinverse)
-        # of n^2
-        dweights = dpairs * inverse + 2 * dsquare * (since * seen + found.near)
-        crossing = jnp.sum(weights * seen, axis=1, keepdims=True)
-        dsince = dpast * inverse + 2 * dsquare * (since * found.size + crossing)
-        dseen = jnp.sum(2 * dsquare * since * weights, axis=0, keepdims=True)
-        i, j = places(k.shape[0])
-        dseen = jnp.sum(jnp.where(i == j, dseen, 0), axis=1, keepdims=True)
-        dalike = dot_in_parts(split(weights), split(dsquare * weights), 0, 0)
-        yield
-        dk = dk + 2 * dseen * found.known
-        dk = dk + 4 * dot_in_parts(split(dalike * found.alike), (k,), 1, 0)
-        dheld = dheld + decay.into(k, dseen * k.astype(jnp.float32), None)
-        dheld = dheld + 2 * jnp.sum(dsquare * since * since, keepdims=True) * state
+        dinverse = dinverse + jnp.sum(dpairs * found.weights, axis=1, keepdims=True)
+        norm = of_norm(found, decay, k, state, jnp.where(empty, 0, dinverse), inverse, split)
+        dweights, dsince, dkeys, dstates = yield from norm
+        dweights, dsince = dweights + dpairs * inverse, dsince + dpast * inverse
+        dk, dheld = dk + dkeys, dheld + dstates
         yield
         # of what the state takes
         low = split(dstate)
@@ -139,7 +106,7 @@ def kernel(*refs, decaying, ridge):
         yield
         writing = decay.to_end * jnp.sum(taking * k.astype(jnp.float32), axis=1, keepdims=True)
         asking, carried = since * dsince, state * dstate
-        dlog = decay.log_gradient(dweights * weights, asking, rates * writing, carried)
+        dlog = decay.log_gradient(dweights * found.weights, asking, rates * writing, carried)
         dstate_ref[head] = decay.over(dstate) + dheld
         dq = step * (taken + ys_ref[iterations % 2, head]) + jnp.where(empty, dx, 0)
         drow = jnp.sum(dweights * decay.between, axis=0, keepdims=True)
@@ -152,6 +119,51 @@ def kernel(*refs, decaying, ridge):
     drow_ref[...] = jnp.concatenate(drows, axis=0)
     dcolumn_ref[...] = jnp.concatenate(dcolumns, axis=1)
     dg_ref[...] = decays.stacked(dlogs, like=dtype)
+
+
+def retreat(solver, head: int, weight, x, ys_ref, now, sums, split):
+    """One step of the adjoint iteration, a generator. ys_ref [2, h, C, K]: y_{r+1} at `now`, and at
+    the other place what y_r has so far. sums: of u, u H . x, (u k^T) . (x k^T), and the products
+    that H and k have of them."""
+    like, y = solver.dtype, ys_ref[now, head]
+    u = weight * y
+    crossing, known = yield from solver.products(head, u)
+    asked = dot(sides(x, like, True), solver.wide[head], 1, 1)
+    yield
+    made = solver.multiplied(head, u, crossing, known)
+    yield
+    ys_ref[1 - now, head] = ys_ref[1 - now, head] + u - step_of(solver.ridge) * made
+    ys_ref[now, head] = (1 - weight) * y
+    pairs, answers, rows = solver.pairs[head], split(x), split(u)
+    changes = (
+        u,
+        known * x,
+        crossing * asked,
+        dot_in_parts(answers, split(solver.past[head] * u), 0, 0),
+        dot_in_parts(split(pairs * asked), rows, 0, 0)
+        + dot_in_parts(split(pairs * crossing), answers, 0, 0),
+    )
+    yield
+    for ref, change in zip(sums, changes, strict=True):
+        ref[head] = ref[head] + change
+
+
+def of_norm(found: Moments, decay, k, state, dinverse, inverse, split):
+    """(dW, d e^G, dk, dH) of the gradient of 1 / n, a generator."""
+    weights, since = found.weights, decay.since_start
+    dsquare = -0.5 * inverse * inverse * inverse * dinverse
+    dweights = 2 * dsquare * (since * found.seen + found.near)
+    crossing = jnp.sum(weights * found.seen, axis=1, keepdims=True)
+    dsince = 2 * dsquare * (since * found.size + crossing)
+    dseen = jnp.sum(2 * dsquare * since * weights, axis=0, keepdims=True)
+    i, j = places(k.shape[0])
+    dseen = jnp.sum(jnp.where(i == j, dseen, 0), axis=1, keepdims=True)
+    dalike = dot_in_parts(split(weights), split(dsquare * weights), 0, 0)
+    yield
+    dk = 4 * dot_in_parts(split(dalike * found.alike), (k,), 1, 0) + 2 * dseen * found.known
+    dstate = decay.into(k, dseen * k.astype(jnp.float32), None)
+    dstate = dstate + 2 * jnp.sum(dsquare * since * since, keepdims=True) * state
+    return dweights, dsince, dk, dstate
 
 
 def backward(
