@@ -29,8 +29,8 @@ WORK = ("flops", "bytes")
 DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
-# of what takes long to compile
-FEWER = {"deep_memory": [("bfloat16", 128)], "gka": [("bfloat16", 128)]}
+# Of what takes long to compile.
+FEWER = dict.fromkeys(("deep_memory", "gka", "lattice"), [("bfloat16", 128)])
 DTYPES = ("bfloat16", "float32")
 
 

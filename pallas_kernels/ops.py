@@ -19,6 +19,8 @@ from pallas_kernels.deep_memory import reference as deep
 from pallas_kernels.deep_memory.api import deep_memory
 from pallas_kernels.gka import reference as kalman
 from pallas_kernels.gka.api import gka
+from pallas_kernels.lattice import reference as slots
+from pallas_kernels.lattice.api import lattice
 from pallas_kernels.linear_scan import reference as scan
 from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.window_attention import reference as window
@@ -51,6 +53,11 @@ OPS = {
         partial(deep.chunked, frozen_chunk=FROZEN),
     ),
     ("gka", "head"): (gka, kalman.chunked),
+    ("lattice", "exact"): (lattice, slots.sequential),
+    ("lattice", "frozen"): (
+        partial(lattice, frozen_chunk=FROZEN),
+        partial(slots.chunked, frozen_chunk=FROZEN),
+    ),
     ("window_attention", "none"): (windowed(window_attention), windowed(window.blocked)),
     ("linear_scan", "channel"): (linear_scan, scan.chunked),
     ("linear_scan", "weighted"): (
@@ -69,7 +76,7 @@ SLOW = -0.61  # RWKV-7's log decays are above it
 ON_GPU = {
     case: runs
     for case, runs in OPS.items()
-    if case[0] not in ("deep_memory", "gka", "window_attention")
+    if case[0] not in ("deep_memory", "gka", "lattice", "window_attention")
 } | {("chunk_dplr", "channel"): (partial(chunk_dplr, lowest=SLOW), dplr.chunked)}
 
 
@@ -89,6 +96,9 @@ def arguments(op, decay, shape, dtype) -> dict[str, jax.ShapeDtypeStruct]:
         steps = jax.ShapeDtypeStruct((*shape[:3], 1), jnp.float32)
         start = jax.ShapeDtypeStruct((*shape[2:], shape[3]), jnp.float32)
         return given | {"g": rate, "m": rate, "rates": steps, "start": start}
+    if op == "lattice":
+        start = jax.ShapeDtypeStruct((*shape[2:], shape[3]), jnp.float32)
+        return given | {"beta": rate, "gamma": rate, "start": start}
     logs = jax.ShapeDtypeStruct(shape, jnp.float32)
     return given | {"none": {}, "head": {"g": rate}, "channel": {"g": logs}}[decay]
 
