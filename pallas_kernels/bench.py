@@ -25,8 +25,9 @@ import numpy as np
 
 from pallas_kernels import tables
 from pallas_kernels.chunk_delta import reference as delta
+from pallas_kernels.chunk_dplr import reference as dplr
 from pallas_kernels.chunk_linear import reference as linear
-from pallas_kernels.ops import ON_GPU, arguments, function
+from pallas_kernels.ops import ON_GPU, SLOW, arguments, function
 from pallas_kernels.specs import held
 
 SHAPES = (  # B, T, H, D
@@ -39,11 +40,16 @@ SHAPES = (  # B, T, H, D
 )
 TRIED = (1, 256, 2)  # B, T, H of what is compared before timing, for each D
 CHUNKS = {"none": 64, "head": 64, "channel": 16}  # of the plain forms, for what fits
+HALVES = set("qkvab")  # arrays in bfloat16
 DIRECTIONS = ("forward", "both")
 FORMS = ("ours", "fla", "plain")
 ALLOWED = 0.01  # relative RMS; the tests of the kernels have the exact bounds
 LEAST = 0.02  # seconds of one measurement
-LOOPS = {"chunk_linear": linear.sequential, "chunk_delta": delta.sequential}
+LOOPS = {
+    "chunk_linear": linear.sequential,
+    "chunk_delta": delta.sequential,
+    "chunk_dplr": dplr.sequential,
+}
 PEERS = {
     ("chunk_linear", "none"): ("fla.ops.simple_gla", "chunk_simple_gla"),
     ("chunk_linear", "head"): ("fla.ops.simple_gla", "chunk_simple_gla"),
@@ -51,7 +57,11 @@ PEERS = {
     ("chunk_delta", "none"): ("fla.ops.delta_rule", "chunk_delta_rule"),
     ("chunk_delta", "head"): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     ("chunk_delta", "channel"): ("fla.ops.kda", "chunk_kda"),
+    ("chunk_dplr", "channel"): ("fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule"),
 }
+# Of fla's functions: arrays that have other names there, and what they are told besides.
+RENAMED = {"chunk_dplr": {"g": "gk"}}
+TOLD = {"chunk_dplr": {"safe_gate": True}}  # that no decay is fast, as ours is told
 
 
 def main():
@@ -134,19 +144,28 @@ def wrong(op: str, decay: str, form: Callable, shape) -> str:
 
 
 def drawn(op: str, decay: str, shape) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs by name and the cotangent of o, float32; q, k, v and that as bfloat16 holds them."""
+    """Inputs by name and the cotangent of o, float32; q, k, v, a, b and that as bfloat16 holds
+    them."""
     rng = np.random.default_rng(0)
     names = arguments(op, decay, shape, jnp.bfloat16).items()
     given = {name: rng.standard_normal(a.shape, np.float32) for name, a in names}
     for name in "qk":
         given[name] /= np.linalg.norm(given[name], axis=-1, keepdims=True)
-    for name in "qkv":
-        given[name] = held(given[name], "bfloat16")
     if "g" in given:
         given["g"] = -np.logaddexp(0, given["g"] - 2)
     if "beta" in given:
-        given["beta"] = 1 / (1 + np.exp(-given["beta"]))
+        given["beta"] = sigmoid(given["beta"])
+    if op == "chunk_dplr":  # as in RWKV-7
+        given["a"] /= -np.linalg.norm(given["a"], axis=-1, keepdims=True)
+        given["b"] = -sigmoid(given["b"]) * given["a"]
+        given["g"] = np.maximum(given["g"], SLOW)
+    for name in HALVES & given.keys():
+        given[name] = held(given[name], "bfloat16")
     return given, held(rng.standard_normal(shape, np.float32), "bfloat16")
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
 
 
 # ---------------------------------------------------------------- forms
@@ -167,13 +186,14 @@ def forms(op: str, decay: str) -> dict[str, Callable]:
     if not torch.cuda.is_available():
         print("without flash-linear-attention: torch sees no GPU", file=sys.stderr)
         return found
-    return found | {"fla": in_torch(torch, peer)}
+    peer = functools.partial(peer, **TOLD.get(op, {}))
+    return found | {"fla": in_torch(torch, peer, RENAMED.get(op, {}))}
 
 
 def in_jax(run, dtype=jnp.bfloat16, **options) -> Callable:
     def form(given, do, direction):
         arrays = {
-            name: jnp.asarray(a, dtype if name in "qkv" else jnp.float32)
+            name: jnp.asarray(a, dtype if name in HALVES else jnp.float32)
             for name, a in given.items()
         }
         do = jnp.asarray(do, dtype)
@@ -184,7 +204,7 @@ def in_jax(run, dtype=jnp.bfloat16, **options) -> Callable:
     return form
 
 
-def in_torch(torch, run) -> Callable:
+def in_torch(torch, run, renamed: dict[str, str]) -> Callable:
     def form(given, do, direction):
         both = direction == "both"
 
@@ -192,13 +212,16 @@ def in_torch(torch, run) -> Callable:
             return torch.tensor(a, device="cuda", dtype=dtype)
 
         tensors = {
-            name: tensor(a, torch.bfloat16 if name in "qkv" else torch.float32).requires_grad_(both)
+            name: tensor(a, torch.bfloat16 if name in HALVES else torch.float32)
             for name, a in given.items()
         }
+        for a in tensors.values():
+            a.requires_grad_(both)
+        named = {renamed.get(name, name): a for name, a in tensors.items()}
         do = tensor(do, torch.bfloat16)
 
         def call():
-            o, state = run(**tensors, output_final_state=True)
+            o, state = run(**named, output_final_state=True)
             if not both:
                 return o, state
             gradients = torch.autograd.grad(o, list(tensors.values()), do)

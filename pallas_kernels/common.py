@@ -66,8 +66,8 @@ def gpu_capability() -> str | None:
         return None
 
 
-def kernels(op: str, static, g) -> tuple[Callable, Callable]:
-    """The forward and the backward function of an op, others for a decay of each channel on GPUs.
+def kernels(op: str, static, g=None) -> tuple[Callable, Callable]:
+    """The forward and the backward function of an op, on GPUs others for a decay g of each channel.
     Imported here, because Mosaic GPU needs what a machine without GPUs may not have."""
     other = static.platform == "gpu" and g is not None and g.ndim == 4
     module = f"pallas_kernels.{op}.{static.platform}{'_channel' * other}"

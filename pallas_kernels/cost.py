@@ -30,7 +30,7 @@ DIRECTIONS = ("forward", "both")  # forward alone; forward and backward
 SHAPE = (1, 4096, 8, 128)  # B, T, H, D of the table of costs, in bfloat16
 WIDTHS = (64, 128, 256)
 # Of what takes long to compile.
-FEWER = dict.fromkeys(("deep_memory", "deep_network", "gka"), [("bfloat16", 128)])
+FEWER = dict.fromkeys(("deep_memory", "deep_network", "gka", "lattice"), [("bfloat16", 128)])
 GENERATIONS = {"deep_network": ("v4", *PEAKS)}
 DTYPES = ("bfloat16", "float32")
 

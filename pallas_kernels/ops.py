@@ -23,6 +23,8 @@ from pallas_kernels.deep_network import plain as network
 from pallas_kernels.deep_network.api import deep_network
 from pallas_kernels.gka import reference as kalman
 from pallas_kernels.gka.api import gka
+from pallas_kernels.lattice import reference as slots
+from pallas_kernels.lattice.api import lattice
 from pallas_kernels.linear_scan import reference as scan
 from pallas_kernels.linear_scan.api import linear_scan
 from pallas_kernels.window_attention import reference as window
@@ -60,6 +62,11 @@ OPS = {
         partial(network.chunked, frozen_chunk=FROZEN),
     ),
     ("gka", "head"): (gka, kalman.chunked),
+    ("lattice", "exact"): (lattice, slots.sequential),
+    ("lattice", "frozen"): (
+        partial(lattice, frozen_chunk=FROZEN),
+        partial(slots.chunked, frozen_chunk=FROZEN),
+    ),
     ("window_attention", "none"): (windowed(window_attention), windowed(window.blocked)),
     ("linear_scan", "channel"): (linear_scan, scan.chunked),
     ("linear_scan", "weighted"): (
@@ -72,12 +79,14 @@ OPS = {
 WALKS = {"linear_scan": ("x", "g"), "wkv4": ("v", "k", "w", "u")}
 
 
-# Those that have kernels of ours for GPUs.
+SLOW = -0.61  # RWKV-7's log decays are above it
+
+# Those that have kernels of ours for GPUs; chunk_dplr has them for slow decays.
 ON_GPU = {
     case: runs
     for case, runs in OPS.items()
-    if case[0] not in ("chunk_dplr", "deep_memory", "deep_network", "gka", "window_attention")
-}
+    if case[0] not in ("deep_memory", "deep_network", "gka", "lattice", "window_attention")
+} | {("chunk_dplr", "channel"): (partial(chunk_dplr, lowest=SLOW), dplr.chunked)}
 
 
 def arguments(op, decay, shape, dtype) -> dict[str, Any]:
@@ -99,6 +108,9 @@ def arguments(op, decay, shape, dtype) -> dict[str, Any]:
         layers = tuple(jax.ShapeDtypeStruct((shape[2], m, n), jnp.float32) for m, n in pairs)
         start = layers if hidden else layers[0]
         return given | {"g": rate, "m": rate, "rates": steps, "start": start}
+    if op == "lattice":
+        start = jax.ShapeDtypeStruct((*shape[2:], shape[3]), jnp.float32)
+        return given | {"beta": rate, "gamma": rate, "start": start}
     logs = jax.ShapeDtypeStruct(shape, jnp.float32)
     return given | {"none": {}, "head": {"g": rate}, "channel": {"g": logs}}[decay]
 

@@ -16,7 +16,8 @@ class Spec:
     each channel with b = -r a, a of norm 1, which shares with its fellows what keys share, and is
     -k / |k| where those are alike; None without a and b. decay: "none", "head" (one for
     each head), "channel" (one for each of its K). gate: what the log decays of softplus size are
-    multiplied by. strong: a further factor of one in twenty, up to infinity. keys: "random",
+    multiplied by. strong: a further factor of one in twenty, up to infinity. lowest: what they are
+    raised to, and what `chunk_dplr` is told; None for any. keys: "random",
     "equal", "cosine" (.9 with each other), of this norm. resets: tokens of the first row where a
     document begins. tags: "fast" (part of `make test`), "race" (also run by the interpreter that
     detects races).
@@ -36,6 +37,7 @@ class Spec:
     decay: str = "head"
     gate: float = 1.0
     strong: float = 1.0
+    lowest: float | None = None
     keys: str = "random"
     norm: float = 1.0
     resets: tuple[int, ...] = ()
@@ -64,7 +66,7 @@ class Spec:
             shape = (self.B, self.T, self.H, *((self.K,) if self.decay == "channel" else ()))
             g = -np.logaddexp(0, rng.standard_normal(shape) - 2)
             g = self.gate * g * np.where(rng.random(g.shape) < 0.05, self.strong, 1)
-            g = g.astype(np.float32)
+            g = np.maximum(g, -np.inf if self.lowest is None else self.lowest).astype(np.float32)
         if self.resets:
             reset = np.zeros((self.B, self.T), bool)
             reset[0, list(self.resets)] = True

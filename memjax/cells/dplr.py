@@ -38,7 +38,8 @@ class Inputs(NamedTuple):
 class DPLR(MatrixMemory):
     """State S [K, V].
 
-    lowest: what no log decay is below, by which the kernel takes fewer products; None for any.
+    lowest: what no log decay is below, by which the kernel takes fewer products, and without which
+    there is none for GPUs; None for any.
     """
 
     inputs = Inputs

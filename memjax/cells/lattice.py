@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memjax.axes import mesh_platform
 from memjax.cell import MemoryCell
 from memjax.nn.layers import Gate, widen
 from memjax.nn.mixer import ProjectionMixer
@@ -30,6 +31,7 @@ from memjax.recurrence import (
     accumulator_dtype,
     dot,
     from_chunks,
+    memories,
     per_head,
     phase_split,
     promote,
@@ -54,8 +56,8 @@ class Inputs(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """slots, base: [K, V], now and in front of the running chunk; place: its written tokens. base
-    and place: None in what is kept to be read."""
+    """slots, base: [K, V], now and in front of the running chunk, None where a chunk is one token;
+    place: its written tokens. base and place: None in what is kept to be read."""
 
     slots: Float[Array, "K V"]
     base: Any
@@ -97,6 +99,11 @@ class Lattice(MemoryCell):
                 f"Lattice: objective {self.objective!r}: allowed are {', '.join(OBJECTIVES)}"
             )
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is frozen."""
+        return self.frozen_chunk == 1
+
     def init_params(self, key: PRNGKeyArray, heads: int) -> Float[Array, "H K V"]:
         """The first slots, random directions; learned."""
         return unit(jax.random.normal(key, (heads, self.key_dim, self.value_dim)))
@@ -104,7 +111,7 @@ class Lattice(MemoryCell):
     def init_state(self, params):
         """The learned slots, of unit norm."""
         slots = unit(params)
-        return Slots(slots, slots, jnp.zeros((), jnp.int32))
+        return Slots(slots, None if self.exact else slots, jnp.zeros((), jnp.int32))
 
     def readable(self, state):
         """The slots alone."""
@@ -126,13 +133,15 @@ class Lattice(MemoryCell):
         return jnp.exp(x.beta)[..., None] - step * along * inverse, step, h
 
     def write(self, params, state, x):
-        base = select(state.place == 0, state.slots, state.base)
+        base = state.slots
+        if not self.exact:
+            base = select(state.place == 0, base, state.base)
         kept, added, h = self.change(base, x)
         slots = kept[:, None] * state.slots + jnp.outer(added, h)
         place = (state.place + 1) % self.frozen_chunk
         if self.retraction:
             slots = select(place == 0, unit(slots), slots)
-        return Slots(slots, base, place)
+        return Slots(slots, None if self.exact else base, place)
 
     def read(self, params, state, x):
         return dot("k,kv->v", x.q, unit(state.slots))
@@ -142,7 +151,7 @@ class Lattice(MemoryCell):
         """Within a chunk a slot is a sum of itself and of the h of its tokens: all slots after all
         tokens are one product. They are formed, C V numbers for each slot, because norms from the
         products of the vectors alone lose what cancels."""
-        if self.frozen_chunk == 1:
+        if self.exact:
             raise NotImplementedError(
                 "frozen_chunk 1 has no parallel form; use 'scan', or a longer frozen_chunk"
             )
@@ -162,6 +171,32 @@ class Lattice(MemoryCell):
 
         final, y = lax.scan(window, fresh if state is None else state, chunks)
         return from_chunks(y, length).astype(output), final
+
+    def pallas(self, params, state, xs, reset, write):
+        """`pallas_kernels.lattice`, for slots of unit norm."""
+        from pallas_kernels import lattice
+        from pallas_kernels.lattice.reference import State
+
+        if not self.retraction:
+            raise NotImplementedError(
+                f"Lattice: the kernel has slots of unit norm (retraction True); given {self}; use "
+                "another form"
+            )
+        heads = memories(params, state, xs)
+        repeated = lambda leaf: jnp.repeat(leaf, heads // leaf.shape[2], axis=2)  # noqa: E731
+        q, k, v, beta, gamma = map(repeated, xs)
+        if write is not None and write.ndim == 3:
+            write = repeated(write)
+        o, found = lattice(
+            *(q, k, v, beta, gamma, unit(params)),
+            frozen_chunk=self.frozen_chunk,
+            objective=self.objective,
+            state=None if state is None else State(*state),
+            reset=reset,
+            write=write,
+            platform=mesh_platform(),
+        )
+        return o, Slots(*found)
 
     def _window(self, fresh: Slots, state: Slots, x: Inputs, reset, written, aligned: bool):
         """A window of at most C tokens; `aligned` when it is a frozen chunk of one document."""

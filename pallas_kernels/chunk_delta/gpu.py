@@ -161,6 +161,10 @@ class Walk:
         return self.x.q_tiles.shape[0]
 
     @property
+    def inverse(self):
+        return self.x.inverse
+
+    @property
     def states(self) -> list:
         """Where the parts of the state's tiles are."""
         return in_pairs(self.x.work if self.x.aside is None else self.x.aside, self.steps)
@@ -195,7 +199,7 @@ class Walk:
     def fetch_inverse(self, n):
         row, chunk = self.at(n)
         found = self.x.inverses.at[row, self.head(), chunk]
-        copy_in(self.x.inverse_ready, (found, self.x.inverse))
+        copy_in(self.x.inverse_ready, (found, self.inverse))
 
     def fetch_rates(self, n):
         row, chunk = self.at(n)

@@ -7,10 +7,10 @@
 
 The letters are those of gpu.py, G [C, K] and M with the rates. `weights` makes A and M, a warpgroup
 for each chunk and head, by the levels of `mosaic_channels.py`; the operands with decays are made
-around the kernels. `walk` is that of gpu.py with these for its operands, K in two parts, and serves
-both directions (gpu_channel_vjp.py). Bytes a token and head: those of q and k once, 6 K for g, 512
-for A and M, 10 K for the operands, which are read with A and M for each 64 columns of V, and when
-gradients follow 4 K V / C + 4 V of S in front of each chunk and R.
+around the kernels. `walk` is that of gpu.py with these for its operands, K in two parts; it serves
+both directions (gpu_channel_vjp.py), and those of `chunk_dplr`. Bytes a token and head: those of q
+and k once, 6 K for g, 512 for A and M, 10 K for the operands, which are read with A and M for each
+64 columns of V, and when gradients follow 4 K V / C + 4 V of S in front of each chunk and R.
 """
 
 import dataclasses
@@ -109,7 +109,10 @@ def weights(q, k, beta, logs, *, scale, interpret):
 
 @dataclasses.dataclass(frozen=True)
 class ChannelWalk(Walk):
-    """Where states are in shared memory, `after` has the place of `before`."""
+    """Where states are in shared memory, `after` has the place of `before`. Where queries have two
+    parts, what is written has the place of the scores, and beside states in shared memory the
+    inverse that of queries, which come when it has been used. Where there are no answers, the place
+    of the values is free for the next ones."""
 
     tiles: ClassVar[tuple[str, ...]] = (
         *Walk.tiles,
@@ -120,6 +123,10 @@ class ChannelWalk(Walk):
     )
 
     @property
+    def steps(self) -> int:
+        return self.x.before_tiles.shape[0] // 2
+
+    @property
     def in_turn(self) -> bool:
         return self.x.after_tiles is None
 
@@ -127,10 +134,35 @@ class ChannelWalk(Walk):
     def after_tiles(self):
         return self.x.before_tiles if self.in_turn else self.x.after_tiles
 
+    @property
+    def rows(self):
+        return self.x.scores_tile if self.x.rows_tile is None else self.x.rows_tile
+
+    @property
+    def inverse(self):
+        return self.x.q_tiles.at[:2] if self.x.inverse is None else self.x.inverse
+
+    @property
+    def queries(self) -> list:
+        """The parts of the tiles of queries, one or two."""
+        count = self.x.q_tiles.shape[0] // self.steps
+        return [
+            [self.x.q_tiles.at[count * i + part] for part in range(count)]
+            for i in range(self.steps)
+        ]
+
     def fetch_parts(self, n, source, tiles, ready):
-        for i, parts in enumerate(in_pairs(tiles, self.steps)):
-            for part in range(2):
-                copy_in(ready, (self.tokens(source, n, span(i), part), parts.at[part]))
+        count = tiles.shape[0] // self.steps
+        for i in range(self.steps):
+            for part in range(count):
+                there = tiles.at[count * i + part]
+                copy_in(ready, (self.tokens(source, n, span(i), part), there))
+
+    def fetch_queries(self, n):
+        self.fetch_parts(n, self.x.q, self.x.q_tiles, self.x.q_ready)
+
+    def fetch_values(self, n):
+        copy_in(self.x.v_ready, (self.tokens(self.x.v, n, self.columns()), self.x.v_tile.at[0]))
 
     def fetch_before(self, n):
         self.fetch_parts(n, self.x.before, self.x.before_tiles, self.x.before_ready)
@@ -146,15 +178,18 @@ class ChannelWalk(Walk):
     def fetch_through(self, n):
         row, chunk = self.at(n)
         through = self.x.through.at[row, self.head(), chunk]
-        copy_in(self.x.through_ready, (through, self.x.through_row))
+        copy_in(self.x.through_ready, (through, self.x.through_rows))
 
     def fetch_first(self):
         self.fetch_before(0)
-        self.fetch_queries(0)
+        if self.x.inverse is not None:
+            self.fetch_queries(0)
         self.fetch_scores(0)
         self.fetch_inverse(0)
         if not self.in_turn:
             self.fetch_after(0)
+        if self.x.o is None:
+            self.fetch_values(0)
         self.fetch_through(0)
 
     def seen(self):
@@ -163,58 +198,95 @@ class ChannelWalk(Walk):
         return [pair for a, b in parts for pair in in_parts(halves(a), halves(b))]
 
 
-def walk(before, after, q, scores, inverses, v, through, initial, *, backward, keep, interpret):
-    """Over the chunks in their order: (o, S behind the last[, S in front of the chunks
-    [B, N, 2 H, K, V], R [B, T, 2 H, V], both in parts]) of
+def channel_scratch(width: int, parts: int, factors: int) -> dict:
+    """What `walk` has in shared memory. parts: of the queries; factors: for each row of S."""
+    steps, in_registers, dual = width // SIDE, width <= IN_REGISTERS, parts == 2
+    one = plgpu.Barrier(num_arrivals=1)
+    return {
+        "before_tiles": tile(2 * steps),
+        "after_tiles": tile(2 * steps) if in_registers else None,
+        "q_tiles": tile(parts * steps),
+        "v_tile": tile(1),
+        "scores_tile": tile(2),
+        "inverse": tile(2) if in_registers or not dual else None,
+        "rows_tile": None if dual else tile(2),
+        "work": tile(2 * steps) if in_registers else None,
+        "aside": None if in_registers else tile(2 * steps),
+        "through_rows": plgpu.SMEM((factors, width), WIDE),
+        **dict.fromkeys(("before_ready", "after_ready"), plgpu.Barrier(num_arrivals=2 * steps)),
+        "q_ready": plgpu.Barrier(num_arrivals=parts * steps),
+        **dict.fromkeys(("v_ready", "scores_ready", "inverse_ready", "through_ready"), one),
+    }
+
+
+def walk(
+    before,
+    after,
+    q,
+    scores,
+    inverses,
+    v,
+    through,
+    initial,
+    *,
+    answers,
+    backward,
+    keep,
+    name,
+    interpret,
+):
+    """Over the chunks in their order, or backward: ([o,] S behind the last[, S in front of each
+    chunk [B, N, 2 H, K, V], R [B, T, 2 H, V], both in parts]). With answers,
 
         R = M (V + X S),  O = Q S + A R,  S <- through . S + Y^T R
 
-    backward, with the gradient of o for V: (S in front of the first, S behind the chunks, R) of
+    and without, of the transposes of M and A where backward,
 
-        R = M^T (A^T V + X S),  S <- through . S + Q^T V + Y^T R
+        R = M (A V + X S),  S <- through . S + Q^T V + Y^T R
 
-    before, after: X and Y, [B, T, 2 H, K] in parts; q: [B, T, H, K]; scores, inverses: A and M,
-    [B, H, N, 2, C, C]; through: [B, H, N, K].
+    before, after: X and Y, [B, T, 2 H, K] in parts; q: [B, T, H, K], without answers in parts too;
+    scores, inverses: A and M, [B, H, N, 2, C, C]; through: [B, H, N, 1, K], or two factors, of
+    which the second is of the new S, all of it.
     """
     batch, length, count, size = v.shape
     width, chunks = q.shape[-1], length // SIDE
-    steps, in_registers = width // SIDE, width <= IN_REGISTERS
 
     def step(walk, n, slot, state):
-        x, rows = walk.x, walk.x.rows_tile
-        queries, given = [x.q_tiles.at[i] for i in range(steps)], x.v_tile.at[0]
+        x, rows, given = walk.x, walk.rows, walk.x.v_tile.at[0]
 
         def then(fetch):
             pl.when(n + 1 < chunks)(lambda: fetch(n + 1))
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until what is overwritten has left
-        copy_in(x.v_ready, (walk.tokens(x.v, n, walk.columns()), given))
+        if answers:
+            walk.fetch_values(n)
         walk.put_state(state)
         if keep:
             walk.keep_state(x.bounds, n)
         plgpu.barrier_wait(x.before_ready)
-        plgpu.barrier_wait(x.q_ready)
-        if backward:
-            plgpu.barrier_wait(x.scores_ready)
-            plgpu.barrier_wait(x.v_ready)
-            answered = [(a, given) for a in halves(x.scores_tile, turn=True)]
-            (wanted,) = dots([*walk.seen(), *answered])
-            then(walk.fetch_scores)
-        else:
-            seen, asked = dots(walk.seen(), walk.on_state(queries))
+        if answers:
+            plgpu.barrier_wait(x.q_ready)
+            seen, asked = dots(walk.seen(), walk.on_state([query for (query,) in walk.queries]))
             then(walk.fetch_queries)
             plgpu.barrier_wait(x.v_ready)
             wanted = load(given, WIDE) + seen
+        else:
+            plgpu.barrier_wait(x.scores_ready)
+            plgpu.barrier_wait(x.v_ready)
+            answered = [(a, given) for a in halves(x.scores_tile, turn=backward)]
+            (wanted,) = dots([*walk.seen(), *answered])
+            if x.rows_tile is not None:
+                then(walk.fetch_scores)
         walk.fetch_after(n) if walk.in_turn else then(walk.fetch_before)
         put(rows, wanted)
         plgpu.barrier_wait(x.inverse_ready)
         plgpu.commit_smem()
-        put(rows, dots(in_parts(halves(x.inverse, turn=backward), halves(rows)))[0])
-        then(walk.fetch_inverse)
+        put(rows, dots(in_parts(halves(walk.inverse, turn=backward), halves(rows)))[0])
+        walk.fetch_queries(n) if x.inverse is None else then(walk.fetch_inverse)
         plgpu.commit_smem()
         if keep:
             walk.keep_rows(rows, x.rows, n)
-        if not backward:
+        if answers:
             plgpu.barrier_wait(x.scores_ready)
             store(given, asked + dots(in_parts(halves(x.scores_tile), halves(rows)))[0])
             then(walk.fetch_scores)
@@ -222,22 +294,33 @@ def walk(before, after, q, scores, inverses, v, through, initial, *, backward, k
             plgpu.copy_smem_to_gmem(given, walk.tokens(x.o, n, walk.columns()))
         plgpu.barrier_wait(x.after_ready)
         plgpu.barrier_wait(x.through_ready)
-        if not in_registers:
+        if not answers:
+            plgpu.barrier_wait(x.q_ready)
+        if x.work is None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def move(i, tile_):
-            after = halves(in_pairs(walk.after_tiles, steps)[i], turn=True)
+            after = halves(in_pairs(walk.after_tiles, walk.steps)[i], turn=True)
             added = in_parts(after, halves(rows))
-            added += [(turned(queries[i]), given)] if backward else []
-            through = mosaic.of_rows(x.through_row.at[span(i)], tile_.shape)
-            return through * tile_ + dots(added)[0]
+            if not answers:
+                added += [(turned(part), given) for part in walk.queries[i]]
+            of_rows = [
+                mosaic.of_rows(x.through_rows.at[part, span(i)], tile_.shape)
+                for part in range(through.shape[3])
+            ]
+            moved = of_rows[0] * tile_ + dots(added)[0]
+            return moved if len(of_rows) == 1 else of_rows[1] * moved
 
         state = walk.moved(state, move)
         plgpu.commit_smem()  # what `move` has loaded too
         then(walk.fetch_before if walk.in_turn else walk.fetch_after)
         then(walk.fetch_through)
-        if backward:
-            then(walk.fetch_queries)
+        if not answers:
+            then(walk.fetch_values)
+            then(walk.fetch_inverse if x.inverse is None else walk.fetch_queries)
+        if x.rows_tile is None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            then(walk.fetch_scores)
         return state
 
     shape = jax.ShapeDtypeStruct
@@ -254,28 +337,13 @@ def walk(before, after, q, scores, inverses, v, through, initial, *, backward, k
             "initial": initial,
         },
         {
-            "o": None if backward else shape(v.shape, v.dtype),
+            "o": shape(v.shape, v.dtype) if answers else None,
             "final": shape(initial.shape, WIDE),
             "bounds": shape((batch, chunks, 2 * count, width, size), HALF) if keep else None,
             "rows": shape((batch, length, 2 * count, size), HALF) if keep else None,
         },
-        {
-            "before_tiles": tile(2 * steps),
-            "after_tiles": tile(2 * steps) if in_registers else None,
-            "q_tiles": tile(steps),
-            "v_tile": tile(1),
-            **dict.fromkeys(("scores_tile", "inverse", "rows_tile"), tile(2)),
-            "work" if in_registers else "aside": tile(2 * steps),
-            "aside" if in_registers else "work": None,
-            "through_row": plgpu.SMEM((width,), WIDE),
-            **dict.fromkeys(("before_ready", "after_ready"), plgpu.Barrier(num_arrivals=2 * steps)),
-            "q_ready": plgpu.Barrier(num_arrivals=steps),
-            **dict.fromkeys(
-                ("v_ready", "scores_ready", "inverse_ready", "through_ready"),
-                plgpu.Barrier(num_arrivals=1),
-            ),
-        },
-        name=f"chunk_delta_{'backward' if backward else 'forward'}_walk",
+        channel_scratch(width, q.shape[2] // count, through.shape[3]),
+        name=name,
         grid={"tile": size // SIDE, "head": count, "batch": batch},
         interpret=interpret,
         by_lane=True,
@@ -288,9 +356,11 @@ def forward(q, k, v, beta, decaying, initial, *, scale, chunk, heads, keep, inte
     made = weights(q, k, rates(beta), logs, scale=scale, interpret=interpret)
     asked, seen, written, through = operands(q, k, logs, scale)
     o, final, *kept = walk(
-        *(seen, written, asked, *made, v, through, initial),
+        *(seen, written, asked, *made, v, through[:, :, :, None], initial),
+        answers=True,
         backward=False,
         keep=keep,
+        name="chunk_delta_forward_walk",
         interpret=interpret,
     )
     return o, final, *((*made, *kept) if keep else ())

@@ -95,9 +95,11 @@ def backward(q, k, v, beta, decaying, kept, do, dfinal, *, scale, chunk, heads, 
     scores, inverses, bounds, rows = kept
     asked, seen, written, through = operands(q, k, logs, scale)
     dinitial, dbounds, wanted = walk(
-        *(written, seen, asked, scores, inverses, do, through, dfinal),
+        *(written, seen, asked, scores, inverses, do, through[:, :, :, None], dfinal),
+        answers=False,
         backward=True,
         keep=True,
+        name="chunk_delta_backward_walk",
         interpret=interpret,
     )
     options = {"scale": scale, "interpret": interpret}

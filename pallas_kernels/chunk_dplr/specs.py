@@ -33,3 +33,20 @@ SPECS = (
     Spec(name="bf16_alike_keys", **LONG, keys="cosine", gate=0.1, removal=(1.5, 2.0)),
     Spec(name="bf16_slow", **LONG, K=128, V=128, gate=0.01, removal=(0.0, 2.0)),
 )
+GPU: dict[str, Any] = {"decay": "channel", "dtype": "bfloat16", "lowest": -0.607, "T": 100}
+ONE: dict[str, Any] = {**GPU, "H": 1, "removal": (0.0, 1.0)}
+RESETS = 0, 7, 63, 64, 65, 99
+GPU_SPECS = (
+    Spec(name="ragged", **ONE, tags=("fast",)),
+    Spec(name="resets", **{**ONE, "B": 2, "H": 2}, key_heads=1, gate=0.05, resets=RESETS),
+    Spec(name="fast_decays", **{**ONE, "lowest": -1.125, "T": 63}, K=128, gate=60.0, resets=(9,)),
+    Spec(
+        name="equal_keys",
+        **{**ONE, "removal": (1.0, 1.0)},
+        V=128,
+        keys="equal",
+        gate=0.01,
+        state=False,
+    ),
+    Spec(name="alike_keys", **{**ONE, "removal": (1.5, 2.0)}, K=256, keys="cosine", gate=0.1),
+)

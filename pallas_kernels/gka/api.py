@@ -132,7 +132,7 @@ def _arrays(how, q, k, rates, g, reset):
 
 def _forward(how, q, k, rates, g, reset, initial, keep):
     arrays, options = _arrays(how, q, k, rates, g, reset)
-    return tpu.forward(*arrays, initial, keep=keep, **options)
+    return tpu.forward(*(*arrays, initial), keep=keep, **options)
 
 
 def _solve_forward(how, q, k, rates, g, reset, initial):
@@ -143,7 +143,7 @@ def _solve_forward(how, q, k, rates, g, reset, initial):
 def _solve_backward(how, saved, cotangents):
     q, k, rates, g, reset, kept = saved
     arrays, options = _arrays(how, q, k, rates, g, reset)
-    found = tpu_vjp.backward(*arrays, kept, *cotangents, **options)
+    found = tpu_vjp.backward(*(*arrays, kept, *cotangents), **options)
     dq, dk, drows, dcolumns, dg, dinitial = found
     drates = common.by_token(jnp.swapaxes(drows, -1, -2) + dcolumns)
     return dq, dk, drates, decays.clipped(dg, g), None, dinitial

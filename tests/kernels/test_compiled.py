@@ -27,7 +27,7 @@ def is_as_recorded(case, row) -> bool:
     """Whether the program is the one that the figures are of: the same compiler makes the same of
     it. Some are compiled all the same, of what does not take longest."""
     always = case["dtype"] == "bfloat16" and case["width"] == 128
-    always = always and case["op"] not in cost.GENERATIONS
+    always = always and case["op"] not in ("lattice", *cost.GENERATIONS)
     if always and case["generation"] in ("v4", "v6e") or "refused" in row:
         return False
     fn, *given = cost.program(**case)

@@ -2,6 +2,8 @@
 as lowered, both on a machine without a GPU."""
 
 import dataclasses
+import functools
+import itertools
 import os
 import re
 import subprocess
@@ -18,9 +20,12 @@ from test_ops import CELLS
 
 import memjax
 from memjax import cost
-from pallas_kernels import chunk_delta, chunk_linear, common, interpreted, ops
+from memjax.cells.dplr import DPLR
+from pallas_kernels import chunk_delta, chunk_dplr, chunk_linear, common, interpreted, ops
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta import specs as delta_specs
+from pallas_kernels.chunk_dplr import reference as dplr
+from pallas_kernels.chunk_dplr import specs as dplr_specs
 from pallas_kernels.chunk_linear import reference as linear
 from pallas_kernels.chunk_linear import specs as linear_specs
 from pallas_kernels.specs import Spec
@@ -32,11 +37,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels import mosaic_channels as channels
+from pallas_kernels.chunk_dplr import gpu as dplr_gpu
+from pallas_kernels.chunk_dplr import gpu_vjp as dplr_vjp
 
 OPS = {
     "chunk_linear": (chunk_linear, linear, linear_specs.GPU_SPECS),
     "chunk_delta": (chunk_delta, delta, delta_specs.GPU_SPECS),
+    "chunk_dplr": (partial(chunk_dplr, lowest=-1), dplr, dplr_specs.GPU_SPECS),
 }
+BY_CHANNEL = ("chunk_dplr",)  # with no other decays
 RACE = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -45,14 +54,22 @@ CASES = kernel_checks.cases(OPS)
 
 def check(case):
     op, reference, _ = OPS[case.op]
-    size = max(n for n in (1, 8, 32) if case.spec.T % n == 0)
+    if case.spec.lowest is not None:
+        op = partial(op, lowest=case.spec.lowest)
+    with interpreted("gpu", RACE):
+        kernel_checks.check(op, reference.sequential, plain(reference, case.spec.T), case.spec)
 
-    def plain(*given, g=None, **more):
+
+@functools.cache
+def plain(reference, length):
+    """The chunked form, in chunks that divide the length."""
+    size = max(n for n in (1, 8, 32) if length % n == 0)
+
+    def form(*given, g=None, **more):
         g = None if g is None else jnp.maximum(g, -60)  # it cannot take an infinite decay
         return reference.chunked(*given, g=g, chunk=size, **more)
 
-    with interpreted("gpu", RACE):
-        kernel_checks.check(op, reference.sequential, plain, case.spec)
+    return form
 
 
 @pytest.mark.parametrize("case", kernel_checks.marked(CASES))
@@ -63,11 +80,12 @@ def test_values_and_gradients(case):
 SMALL = {
     "chunk_linear": Spec(name="small", T=100, dtype="bfloat16", resets=(40,)),
     "chunk_delta": Spec(name="small", T=200, dtype="bfloat16", resets=(40,), beta=(0.0, 2.0)),
+    "chunk_dplr": Spec(name="small", **dplr_specs.ONE, gate=0.01, resets=(40,)),
 }
 SMALL_CASES = [
     Case(op, dataclasses.replace(spec, decay=decay, name=decay))
     for op, spec in SMALL.items()
-    for decay in ("head", "channel")
+    for decay in (() if op in BY_CHANNEL else ("head",)) + ("channel",)
 ]
 
 
@@ -79,6 +97,10 @@ def keeps_all(original):
     return lambda x, sums: x
 
 
+def takes_one_document(original):
+    return lambda x, documents: original(x, None)
+
+
 def forgets_a_level(original):
     return lambda bits: original(bits) & (bits != 2)
 
@@ -87,19 +109,35 @@ def does_not_decay(original):
     return lambda x, bits, since=None: original(x, bits, since) * 0 + 1
 
 
+def passes_nothing(original):
+    return lambda *given: 0 * original(*given)
+
+
+MISTAKES = [
+    *itertools.product(
+        ("chunk_linear", "chunk_delta"),
+        ("head",),
+        (mosaic,),
+        [("lower", sees_later), ("through", keeps_all)],
+    ),
+    *itertools.product(
+        ("chunk_linear", "chunk_delta"),
+        ("channel",),
+        (channels,),
+        [("joins", forgets_a_level), ("decay", does_not_decay)],
+    ),
+    ("chunk_dplr", "channel", dplr_gpu, ("factors", takes_one_document)),
+    ("chunk_dplr", "channel", dplr_gpu, ("asking", takes_one_document)),
+    ("chunk_dplr", "channel", dplr_vjp, ("lower", sees_later)),
+    ("chunk_dplr", "channel", dplr_vjp, ("passed_on", passes_nothing)),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "decay, module, name, mistake",
-    [
-        ("head", mosaic, "lower", sees_later),
-        ("head", mosaic, "through", keeps_all),
-        ("channel", channels, "joins", forgets_a_level),
-        ("channel", channels, "decay", does_not_decay),
-    ],
-)
-@pytest.mark.parametrize("op", OPS)
-def test_the_check_finds_a_planted_mistake(op, decay, module, name, mistake, monkeypatch):
-    monkeypatch.setattr(module, name, mistake(getattr(module, name)))
+@pytest.mark.parametrize("op, decay, module, mistake", MISTAKES)
+def test_the_check_finds_a_planted_mistake(op, decay, module, mistake, monkeypatch):
+    name, make = mistake
+    monkeypatch.setattr(module, name, make(getattr(module, name)))
     with pytest.raises(AssertionError, match="off, at most"):
         check(Case(op, dataclasses.replace(SMALL[op], decay=decay)))
 
@@ -136,6 +174,7 @@ def test_a_missing_wait_is_found(number, name, message):
 
 
 def given(op, heads=2, width=64, dtype=jnp.bfloat16, decay="head"):
+    decay = "channel" if op in BY_CHANNEL else decay
     return ops.arguments(op, decay, (1, 100, heads, width), dtype)
 
 
@@ -155,6 +194,13 @@ def shape_of(op, arrays, **options):
 def test_a_refusal_has_its_reason(op, changes, options, message):
     with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match=f"{op} .*{message}"):
         shape_of(op, given(op, **changes), **options)
+
+
+@pytest.mark.parametrize("lowest", [None, -1.2])
+def test_fast_decays_are_refused(lowest):
+    message = f"chunk_dplr takes log decays of -1.125 and above on GPUs, .*lowest={lowest}; use"
+    with common.compiling_for("9.0"), pytest.raises(NotImplementedError, match=message):
+        shape_of("chunk_dplr", given("chunk_dplr"), lowest=lowest)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -187,10 +233,15 @@ def kernels(op, fn, decay="head"):
 
 
 # The kernels of an op's passes.
-FORWARD = {"chunk_linear": ("states", "outputs"), "chunk_delta": ("inverses", "walk")}
+FORWARD = {
+    "chunk_linear": ("states", "outputs"),
+    "chunk_delta": ("inverses", "walk"),
+    "chunk_dplr": ("weights", "walk", "outputs"),
+}
 BACKWARD = {
     "chunk_linear": ("states", "values", "keys"),
     "chunk_delta": ("walk", "pairs", "keys"),
+    "chunk_dplr": ("walk", "values", "keys"),
 }
 
 
@@ -210,7 +261,7 @@ def test_how_often_the_kernels_run(op):
     assert kernels(op, once) == {f"forward_{name}": 1 for name in FORWARD[op]}
     assert kernels(op, jax.value_and_grad(once)) == both(op)
     found, wanted = kernels(op, jax.value_and_grad(jax.checkpoint(twice))), both(op, 4, 2)
-    if op == "chunk_linear":  # nobody reads the outputs of the second forward pass of the last
+    if "outputs" in FORWARD[op]:  # nobody reads the outputs of the second forward pass of the last
         wanted["forward_outputs"] = 3
     assert found == wanted
 
@@ -231,7 +282,10 @@ def test_the_operations_of_a_kernel_are_not_counted(op):
 
 @pytest.mark.slow
 def test_how_often_the_kernels_for_channels_run():
-    found = {op: kernels(op, jax.value_and_grad(partial(loss, op)), "channel") for op in OPS}
+    found = {
+        op: kernels(op, jax.value_and_grad(partial(loss, op)), "channel")
+        for op in ("chunk_linear", "chunk_delta")
+    }
     assert found["chunk_linear"] == both("chunk_linear") | {"forward_scores": 1}
     wanted = both("chunk_delta") | {"forward_weights": 1}
     del wanted["forward_inverses"]
@@ -239,13 +293,23 @@ def test_how_often_the_kernels_for_channels_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CELLS if name != "dplr"])
+@pytest.mark.parametrize("name", CELLS)
 def test_cells_run_them(name):
     cell = CELLS[name]
     xs, given = kernel_checks.cell_inputs(cell, jnp.bfloat16)
+    if name == "dplr":  # with decays as slow as RWKV-7's
+        cell, xs = DPLR(64, 64, lowest=-0.607), xs._replace(g=jnp.maximum(xs.g, -0.607))
     wanted = memjax.run(cell, {}, xs, **given, implementation="scan")
     with interpreted("gpu", RACE):
         found = memjax.run(cell, {}, xs, **given, implementation="pallas")
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         assert kernel_checks.distance(np.float64(a), np.float64(b)) < 1e-2
+
+
+@pytest.mark.slow
+def test_a_cell_with_any_decays_is_refused():
+    cell = CELLS["dplr"]
+    xs, given = kernel_checks.cell_inputs(cell, jnp.bfloat16)
+    with interpreted("gpu", RACE), pytest.raises(NotImplementedError, match="by lowest"):
+        memjax.run(cell, {}, xs, **given, implementation="pallas")
