@@ -10,8 +10,9 @@ from memjax import train_step
 from pallas_kernels import interpreted
 
 STEPS = 50
-GROWS = ("titans",)  # a network that learns: 2.7e-4 between plain forms behind step 38
-FEWER = {"lattice": 10}  # of what takes long in the interpreter
+# Of what takes long in the interpreter, and of a network, whose training makes rounding grow: behind
+# step 38 its plain forms are 2.7e-4 from each other.
+FEWER = {"lattice": 10, "titans with a network": 30}
 MIXERS = {
     "gated_delta_net": {},
     "gated_kalmanet": {"heads": 1, "iterations": 4},
@@ -19,14 +20,16 @@ MIXERS = {
     "rg_lru": {},
     "rwkv4": {},
     "rwkv7": {"heads": 1},
-    "titans": {"heads": 1, "depth": 2, "expansion": 2},
+    "titans": {"heads": 1, "depth": 1},
+    "titans with a network": {"heads": 1, "depth": 2, "expansion": 2},
     "sliding_window": {"head_dim": 64, "heads": 2, "kv_heads": 1, "window": 9},
 }
 
 
-def losses(mixer: str, form: str) -> np.ndarray:
+def losses(case: str, form: str) -> np.ndarray:
     """The losses of a tiny model on recall, one number for each step."""
-    options, steps = MIXERS[mixer] | {"implementation": form}, FEWER.get(mixer, STEPS)
+    options, steps = MIXERS[case] | {"implementation": form}, FEWER.get(case, STEPS)
+    mixer = case.split()[0]
     settings = runs.load(
         f"{runs.MQAR}:{mixer}",
         {
@@ -46,14 +49,10 @@ def losses(mixer: str, form: str) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_a_model_trains_as_with_the_chunked_form(mixer):
-    """Losses are 1e-4 off at most; where rounding grows, twice as far as those of the token loop,
-    which has no kernel, are from those of the chunked form."""
-    wanted, bound = losses(mixer, "chunked"), 1e-4
-    if mixer in GROWS:
-        bound = max(bound, 2 * np.abs(losses(mixer, "scan") / wanted - 1).max())
+@pytest.mark.parametrize("case", MIXERS)
+def test_a_model_trains_as_with_the_chunked_form(case):
+    wanted = losses(case, "chunked")
     with interpreted():
-        found = losses(mixer, "pallas")
+        found = losses(case, "pallas")
     assert wanted[-1] < wanted[0]
-    np.testing.assert_allclose(found, wanted, rtol=bound)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
