@@ -10,8 +10,8 @@ from memjax import train_step
 from pallas_kernels import interpreted
 
 STEPS = 50
-# Of what takes long in the interpreter, and of a network, whose training makes rounding grow: behind
-# step 38 its plain forms are 2.7e-4 from each other.
+# Of what takes long in the interpreter, and of a network, whose training makes rounding grow: after
+# 38 steps its plain forms are 2.7e-4 from each other.
 FEWER = {"lattice": 10, "titans with a network": 30}
 MIXERS = {
     "gated_delta_net": {},
