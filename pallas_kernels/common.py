@@ -42,6 +42,17 @@ def target(platform: str | None):
     return False, platform or jax.default_backend(), generation
 
 
+def only_on(name: str, platforms: tuple[str, ...], platform: str | None):
+    """`target`; NotImplementedError where it is none of these platforms."""
+    interpret, platform, generation = target(platform)
+    if platform not in platforms:
+        raise NotImplementedError(
+            f"{name} has kernels for {' and '.join(platforms)}, none for {platform}; use a plain "
+            "form"
+        )
+    return interpret, platform, generation
+
+
 _capabilities: list[str] = []
 
 
@@ -167,12 +178,7 @@ def call(
     with a kernel.
     """
     check_shapes(name, keys, v, beta, g, initial_state, reset, channels)
-    interpret, platform, generation = target(platform)
-    if platform not in platforms:
-        raise NotImplementedError(
-            f"{name} has kernels for {' and '.join(platforms)}, none for {platform}; use a plain "
-            "form"
-        )
+    interpret, platform, generation = only_on(name, platforms, platform)
     check_served(name, keys, v)
     limit, q = None, keys["q"]
     if platform == "gpu":
@@ -223,8 +229,11 @@ def check_shapes(name: str, keys, v, beta, g, initial_state, reset, channels) ->
         raise ValueError(f"{name}: {fewer} heads of q and k do not divide the {heads} of v")
 
 
-def check_frozen(name: str, frozen_chunk: int, loss: str, losses, write, tokens) -> None:
-    """ValueError for what a memory of frozen gradients cannot learn with; tokens: (B, T, H)."""
+def check_frozen(
+    name: str, frozen_chunk: int, loss: str, losses, write, tokens, called: str = "loss"
+) -> None:
+    """ValueError for what a memory of frozen gradients cannot learn with; tokens: (B, T, H);
+    called: the name of the loss."""
     if write is not None and (write.shape not in (tokens[:2], tokens) or write.dtype != bool):
         raise ValueError(
             f"{name}: write must be bool {list(tokens[:2])} or {list(tokens)}; given {write.dtype} "
@@ -232,9 +241,18 @@ def check_frozen(name: str, frozen_chunk: int, loss: str, losses, write, tokens)
         )
     if frozen_chunk < 1 or loss not in losses:
         raise ValueError(
-            f"{name}: frozen_chunk must be at least 1 and loss one of {', '.join(losses)}; given "
-            f"{frozen_chunk} and {loss!r}"
+            f"{name}: frozen_chunk must be at least 1 and {called} one of {', '.join(losses)}; "
+            f"given {frozen_chunk} and {loss!r}"
         )
+
+
+def check_state(name: str, state, wanted) -> None:
+    """ValueError for a carried state, a named tuple of arrays, tuples of them and None, whose
+    shapes are not the wanted ones."""
+    for field, shape in wanted._asdict().items():
+        given = jax.tree.map(jnp.shape, getattr(state, field))
+        if given != shape:
+            raise ValueError(f"{name}: state.{field} must be {shape}; given {given}")
 
 
 def check_served(name: str, keys, v) -> None:
@@ -247,7 +265,9 @@ def check_served(name: str, keys, v) -> None:
         )
     if {q.shape[-1], v.shape[-1]} - set(WIDTHS):
         raise NotImplementedError(
-            f"{name} takes head dimensions of {WIDTHS}; given K = {q.shape[-1]}, V = {v.shape[-1]}"
+            f"{name} takes head dimensions of {', '.join(map(str, WIDTHS[:-1]))} and "
+            f"{WIDTHS[-1]}, or where it pads them at most that; given K = {q.shape[-1]}, V = "
+            f"{v.shape[-1]}"
         )
 
 
@@ -331,8 +351,12 @@ def plan(name: str, q, v, g, chunk, size_of, room: int) -> Block:
             return Block(tokens, heads)
     raise NotImplementedError(
         f"{name} does not fit {room // MIB} MiB of a TPU core: {heads} heads of {width} x {size} "
-        f"{v.dtype} at once" + (f" in chunks of {chunk}" if chunk else "") + "; use bfloat16, "
-        "smaller heads, or a number of them that 8 divides"
+        f"{v.dtype} at once"
+        + (f" in chunks of {chunk}" if chunk else "")
+        + "; use "
+        + ("bfloat16, " if v.dtype == jnp.float32 else "")
+        + ("a number of heads that 8 divides, " if count % 8 else "fewer heads, ")
+        + "smaller ones, or a plain form"
     )
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.common import Static, by_token
 from pallas_kernels.products import dot, dot_in_parts, parts, places, turned
 
 LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
-_RESET = 2.0**14  # subtracted from the log decay of a document's first token
+RESET = 2.0**14  # subtracted from the log decay of a document's first token
 
 
 def arrays(g, reset, static) -> tuple:
@@ -55,7 +55,7 @@ def log_decay_sums(g, reset, static: Static):
     batch, length, count = g.shape
     g = jnp.maximum(g, LOWEST)
     whole = jnp.round(g)
-    both = jnp.stack([whole - (0 if reset is None else _RESET * reset[..., None]), g - whole])
+    both = jnp.stack([whole - (0 if reset is None else RESET * reset[..., None]), g - whole])
     both = both.reshape(2, batch, length // chunk, chunk, count // heads, heads)
     last = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
     sums = [

@@ -8,12 +8,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common
+from pallas_kernels.decays import LOWEST, RESET
 from pallas_kernels.deep_memory import layout, tpu, tpu_vjp
-from pallas_kernels.deep_memory.reference import LOSSES, State, initial_state
+from pallas_kernels.deep_memory.reference import LOSSES, State, initial_state, shapes_of
 
 NAME = "deep_memory"
-LOWEST = -1e4  # log decays below it are it: exp is zero there, and its sums stay exact
-_RESET = 2.0**14  # subtracted from the log decays of a document's first token
 
 
 def deep_memory(
@@ -58,11 +57,7 @@ def deep_memory(
     )
     axes = q.shape[-1], v.shape[-1]
     q, k, v, start, state = _served_heads(q, k, v, start, state)
-    interpret, platform, generation = common.target(platform)
-    if platform != "tpu":
-        raise NotImplementedError(
-            f"{NAME} has kernels for tpu, none for {platform}; use a plain form"
-        )
+    interpret, _, generation = common.only_on(NAME, ("tpu",), platform)
     common.check_served(NAME, {"q": q, "k": k}, v)
     context = rates.shape[-1]
     rule = tpu.Rule(m is not None, context, reset is not None, loss, 1)
@@ -83,6 +78,7 @@ def deep_memory(
     rows = layout.layout(reset, write, place, number, shape, **options)
     q, k, v, pairs, scalars = _rows(q, k, v, (g, m, rates), write, state, rows, static.chunk)
     carried = [state.weights, *([state.momentum] if rule.momentum else []), state.base]
+    carried = [a.astype(jnp.float32) for a in carried]
     fresh = start.astype(jnp.float32) if rule.fresh else None
     o, found = _op((static, rule), q, k, v, *scalars, _integers(rows), fresh, carried)
     o = o[:, :length] if rows.slot is None else _take(o, rows.slot)
@@ -105,12 +101,15 @@ def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write)
         "m": (m, one),
         "rates": (rates, (*one, rates.shape[-1])),
         "start": (start, (heads, q.shape[-1], size)),
-        "state.weights": (state and state.weights, (batch, heads, q.shape[-1], size)),
     }
     for name, (array, axes) in wanted.items():
         if array is not None and array.shape != axes:
             raise ValueError(f"{NAME}: {name} must be {list(axes)}; given {list(array.shape)}")
     common.check_frozen(NAME, frozen_chunk, loss, LOSSES, write, one)
+    if state is not None:
+        matrix, older = (batch, heads, q.shape[-1], size), rates.shape[-1] - 1
+        pairs = (older, q.shape[-1]), (older, size)
+        common.check_state(NAME, state, shapes_of(matrix, one[::2], pairs, m is not None))
     return one
 
 
@@ -221,7 +220,7 @@ def _columns(static, rule, g, m, rates, integers):
     base, use, first, asking, paired = integers
     logs = jnp.stack([jnp.maximum(a, LOWEST) for a in (g, m) if a is not None])
     whole = jnp.round(logs)
-    both = jnp.stack([whole - _RESET * first, logs - whole], axis=1)
+    both = jnp.stack([whole - RESET * first, logs - whole], axis=1)
     both = both.reshape(*both.shape[:3], -1, static.chunk, both.shape[-1])
     last = jnp.tril(jnp.ones((static.chunk, static.chunk), jnp.float32))
     sums = jnp.einsum("ij,apbnjh->apbnih", last, both, precision=lax.Precision.HIGHEST)

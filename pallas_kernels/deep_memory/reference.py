@@ -54,6 +54,15 @@ def initial_state(k, v, rates, start, momentum: bool) -> State:
     return State(weights, jnp.zeros_like(weights) if momentum else None, weights, number, *pairs)
 
 
+def shapes_of(weights, heads, pairs, momentum: bool) -> State:
+    """The shapes of a state with weights of these; heads: (B, H); pairs: those of k and v, (c - 1,
+    K) and (c - 1, V)."""
+    carried: tuple = (None, None, None)
+    if pairs[0][0]:
+        carried = *((*heads, *axes) for axes in pairs), heads
+    return State(weights, weights if momentum else None, weights, heads, *carried)
+
+
 def select(mask, on_true, on_false):
     """`where` over states, mask [B, H]."""
     return jax.tree.map(

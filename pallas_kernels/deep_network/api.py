@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import common
-from pallas_kernels.deep_memory.reference import LOSSES, State
+from pallas_kernels.deep_memory.reference import LOSSES, State, shapes_of
 from pallas_kernels.deep_network import tpu, tpu_vjp
 from pallas_kernels.deep_network.layout import Sizes, layout, memory, sizes, state_of
 from pallas_kernels.deep_network.network import flat, memory_of
@@ -55,11 +55,7 @@ def deep_network(
     served = [_served(n, inner) for n, inner in zip(widths, _inner(widths), strict=True)]
     q, k = (common.wider(a, served[0]) for a in (q, k))
     v, start = common.wider(v, served[-1]), _wider(start, served)
-    interpret, platform, generation = common.target(platform)
-    if platform != "tpu":
-        raise NotImplementedError(
-            f"{NAME} has kernels for tpu, none for {platform}; use a plain form"
-        )
+    interpret, _, generation = common.only_on(NAME, ("tpu",), platform)
     common.check_served(NAME, {"q": q, "k": k}, v)
     kind, carried = (m is not None, rates.shape[-1], loss, residual), state is not None
     for longest in LONGEST:
@@ -109,12 +105,15 @@ def _check(q, k, v, g, rates, start, m, frozen_chunk, loss, state, reset, write)
     widths = [width, *(layer.shape[-1] for layer in start[:-1]), size]
     for n, axes in enumerate(itertools.pairwise(widths)):
         wanted[f"start[{n}]"] = start[n], (heads, *axes)
-        if state is not None:
-            wanted[f"state.weights[{n}]"] = state.weights[n], (batch, heads, *axes)
     for name, (array, axes) in wanted.items():
         if array is not None and array.shape != axes:
             raise ValueError(f"{NAME}: {name} must be {list(axes)}; given {list(array.shape)}")
     common.check_frozen(NAME, frozen_chunk, loss, LOSSES, write, one)
+    if state is not None:
+        layers = tuple((batch, *layer.shape) for layer in start)
+        older = rates.shape[-1] - 1
+        pairs = (older, width), (older, size)
+        common.check_state(NAME, state, shapes_of(layers, one[::2], pairs, m is not None))
     return one
 
 

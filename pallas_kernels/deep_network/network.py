@@ -135,9 +135,9 @@ class Window:
             errors.append(slope * product(errors[-1], layer, 1, 1, self.rough, self.rough))
         return entering, errors[::-1]
 
-    def times(self, x, layer, depth: int, of: int = 0):
-        """x W, or x W^T with `of` 1, where x enters the layer at a depth."""
-        return product(x, layer, 1, of, self.rough if depth else self.held, self.rough)
+    def times(self, x, layer, depth: int):
+        """x W, where x enters the layer at a depth."""
+        return product(x, layer, 1, 0, self.rough if depth else self.held, self.rough)
 
     def stepped(self, sources, learnt, depth: int, *places: Place) -> list:
         """A layer at places."""

@@ -82,7 +82,8 @@ def flat(op, spec: Spec, **options):
 DOTS: dict[str, Any] = {"momentum": False, "context": 3, "loss": "dot"}
 HARD: dict[str, Any] = {"keys": "cosine", "gate": 0.1, "rate": 2.0}
 SPECS = (
-    Spec(name="initial", T=32, H=1, state=False, tags=("race",)),
+    Spec(name="initial", T=32, H=1, state=False),
+    Spec(name="blocks", B=2, T=20, H=8, frozen=2, resets=(5,), tags=("race",)),
     Spec(name="resets", T=29, B=2, resets=(0, 7, 16, 20, 28), writes=0.7, tags=("fast",)),
     Spec(name="long_frozen", T=150, H=1, frozen=140, gate=60.0, resets=(30,)),
     Spec(name="dla", T=30, H=1, V=128, **DOTS, frozen=5, hidden=(128, 128), resets=(4, 20)),

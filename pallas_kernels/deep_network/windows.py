@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decays import LOWEST
 from pallas_kernels.deep_memory.reference import dot
 
 TILE = 16  # rows of bfloat16
-LOWEST = -1e4  # log decays below it are it: exp is zero there
 EXTRA = 8  # rows behind those of tokens: END, MOMENTUM, BORDER, FLAGS and zeros
 END, MOMENTUM, BORDER, FLAGS = range(4)
 

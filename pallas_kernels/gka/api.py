@@ -48,7 +48,7 @@ def gka(
       ValueError: shapes that do not fit together; ridge or iterations out of range.
     """
     held, linear = (None, None) if initial_state is None else initial_state
-    _check(q, v, alpha, held, ridge, iterations)
+    _check(q, v, alpha, g, held, linear, ridge, iterations)
     if chunk is not None and chunk not in common.CHUNKS[1:]:
         raise NotImplementedError(f"{NAME} takes chunks of {common.CHUNKS[1:]}; given {chunk}")
     g = jnp.zeros(v.shape[:3], jnp.float32) if g is None else g
@@ -67,6 +67,7 @@ def gka(
     # Both kernels' gradients of q and of k are added before they are rounded.
     rows_q, rows_k, held = (a.astype(jnp.float32) for a in (rows_q, rows_k, held))
     solved, held = _solve(how, rows_q, rows_k, rates, padded_g, padded_reset, held)
+    solved = checkpoint_name(solved, "memory_state")
     keys, asked, solved = (a[:, : v.shape[1]] for a in (rows_k, rows_q, solved))
     asked = asked + alpha[..., None] * (solved - asked)
     o, linear = chunk_linear(
@@ -79,14 +80,16 @@ def gka(
     return checkpoint_name((o.astype(v.dtype), (held, linear)), "memory_out")
 
 
-def _check(q, v, alpha, held, ridge, iterations):
+def _check(q, v, alpha, g, held, linear, ridge, iterations):
     """ValueError for what `common.call` does not look at."""
     if q.ndim == v.ndim == 4:
-        batch, length, heads, _ = v.shape
+        batch, length, heads, size = v.shape
         width = q.shape[-1]
         wanted = {
             "alpha": (alpha, (batch, length, heads)),
+            "g": (g, (batch, length, heads)),
             "initial_state[0]": (held, (batch, heads, width, width)),
+            "initial_state[1]": (linear, (batch, heads, width, size)),
         }
         for name, (array, shape) in wanted.items():
             if array is not None and array.shape != shape:

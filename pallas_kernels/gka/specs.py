@@ -11,16 +11,21 @@ from pallas_kernels import specs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec(specs.Spec):
-    """`pallas_kernels.specs.Spec` with rates below 1; iterations, ridge: of the op."""
+    """`pallas_kernels.specs.Spec` with rates below 1; iterations, ridge: of the op. faded: tokens
+    that write nothing and keep e^-40 of the state."""
 
     iterations: int = 4
+    faded: tuple[int, ...] = ()
     ridge: float = 0.02
     beta: tuple[float, float] | None = (0.0, 1.0)
 
     def inputs(self, seed: int = 0) -> dict[str, Any]:
         """Those of q, k, v, beta, g and reset, with alpha, and H and U of a state."""
-        rng, given = np.random.default_rng(seed + 10), super().inputs(seed)
+        rng = np.random.default_rng(seed + 10)
+        given: dict[str, Any] = super().inputs(seed)
         u = given.pop("initial_state")
+        for token in self.faded:
+            given["beta"][:, token], given["g"][:, token] = 0, -40
         alpha = rng.random((self.B, self.T, self.H)).astype(np.float32)
         if u is None:
             return given | {"alpha": alpha}
@@ -54,6 +59,7 @@ SPECS = (
     Spec(name="gate_extreme", T=48, chunk=16, gate=60.0, resets=(9,)),
     Spec(name="gate_infinite", T=48, chunk=16, strong=float("inf")),
     Spec(name="nothing_written", T=20, chunk=16, state=False, beta=(0.0, 0.0)),
+    Spec(name="faded", T=40, chunk=16, faded=(3, 20, 39)),
     Spec(name="equal_keys", T=64, chunk=32, keys="equal", gate=0.1),
     Spec(name="alike_keys", T=64, chunk=32, keys="cosine", gate=0.1, iterations=30),
     Spec(name="groups", B=2, T=20, H=8, key_heads=2, chunk=16, resets=(3,), iterations=2),

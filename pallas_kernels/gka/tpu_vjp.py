@@ -151,7 +151,7 @@ def retreat(solver, head: int, weight, x, ys_ref, now, sums, split):
 def of_norm(found: Moments, decay, k, state, dinverse, inverse, split):
     """(dW, d e^G, dk, dH) of the gradient of 1 / n, a generator."""
     weights, since = found.weights, decay.since_start
-    dsquare = -0.5 * inverse * inverse * inverse * dinverse
+    dsquare = -0.5 * (dinverse * inverse * inverse * inverse)  # 1 / n^3 may be infinite
     dweights = 2 * dsquare * (since * found.seen + found.near)
     crossing = jnp.sum(weights * found.seen, axis=1, keepdims=True)
     dsince = 2 * dsquare * (since * found.size + crossing)

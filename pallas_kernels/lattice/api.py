@@ -64,13 +64,9 @@ def lattice(
     """
     _check(q, k, v, beta, gamma, start, frozen_chunk, objective, state, reset, write)
     (batch, length, heads, channels), slots = v.shape, q.shape[-1]
-    interpret, platform, generation = common.target(platform)
-    if platform != "tpu":
-        raise NotImplementedError(
-            f"{NAME} has kernels for tpu, none for {platform}; use a plain form"
-        )
+    interpret, _, generation = common.only_on(NAME, ("tpu",), platform)
     dim = next((n for n in common.WIDTHS if max(slots, channels) <= n), max(slots, channels))
-    q, k, v = (_wider(a, dim) for a in (q, k, v))
+    q, k, v = (common.wider(a, dim) for a in (q, k, v))
     common.check_served(NAME, {"q": q, "k": k}, v)
     rule = tpu.Rule(objective, frozen_chunk == 1, reset is not None, dim)
     static = _plan(rule, length, chunk, generation, interpret)
@@ -85,8 +81,8 @@ def lattice(
         )
     beta, gamma = (a.astype(jnp.float32) for a in (beta, gamma))
     scalars = jnp.exp(beta), jnp.where(masks["written"], gamma, 0)
-    states = tuple(_wider(a, dim, dim) for a in state[: rule.states])
-    start = _wider(start, dim, dim)
+    states = tuple(common.wider(a.astype(jnp.float32), dim, dim) for a in state[: rule.states])
+    start = common.wider(start, dim, dim)
     groups = _Groups(batch, heads, rule.tiles.memories)
     tokens = groups.of_tokens((q, k, v, *scalars, masks))
     given = common.padded(tokens, static.chunk)
@@ -99,36 +95,21 @@ def lattice(
 
 def _check(q, k, v, beta, gamma, start, frozen_chunk, objective, state, reset, write):
     """ValueError for what does not fit together."""
-    common.check_shapes(NAME, {"q": q, "k": k}, v, None, beta, None, reset, False)
+    common.check_shapes(NAME, {"q": q, "k": k}, v, beta, None, None, reset, False)
     (batch, length, heads, size), slots = v.shape, q.shape[-1]
     one, whole = (batch, length, heads), (batch, heads, slots, size)
     wanted = {
         "q": (q, (*one, slots)),
-        "beta": (beta, one),
         "gamma": (gamma, one),
         "start": (start, whole[1:]),
-        "state.slots": (state and state.slots, whole),
-        "state.base": (state and state.base, whole),
-        "state.place": (state and state.place, whole[:2]),
     }
     for name, (array, axes) in wanted.items():
         if array is not None and array.shape != axes:
             raise ValueError(f"{NAME}: {name} must be {list(axes)}; given {list(array.shape)}")
-    if state is not None and (state.base is None) != (frozen_chunk == 1):
-        raise ValueError(
-            f"{NAME}: state.base must be None where frozen_chunk is 1, and slots elsewhere; given "
-            f"frozen_chunk {frozen_chunk} and {'None' if state.base is None else 'slots'}"
-        )
-    if write is not None and (write.shape not in (one[:2], one) or write.dtype != bool):
-        raise ValueError(
-            f"{NAME}: write must be bool {list(one[:2])} or {list(one)}; given {write.dtype} "
-            f"{list(write.shape)}"
-        )
-    if frozen_chunk < 1 or objective not in OBJECTIVES:
-        raise ValueError(
-            f"{NAME}: frozen_chunk must be at least 1 and objective one of "
-            f"{', '.join(OBJECTIVES)}; given {frozen_chunk} and {objective!r}"
-        )
+    common.check_frozen(NAME, frozen_chunk, objective, OBJECTIVES, write, one, "objective")
+    if state is not None:
+        base = whole if frozen_chunk > 1 else None
+        common.check_state(NAME, state, State(whole, base, whole[:2]))
 
 
 def _plan(rule: tpu.Rule, length: int, chunk, generation: str, interpret) -> Static:
@@ -152,13 +133,6 @@ def _plan(rule: tpu.Rule, length: int, chunk, generation: str, interpret) -> Sta
         + (f" in chunks of {chunk}" if chunk else "")
         + "; use fewer slots and channels, or a plain form"
     )
-
-
-def _wider(a, *axes: int):
-    """a with zeros behind its last axes, up to these sizes."""
-    front = [(0, 0)] * (a.ndim - len(axes))
-    more = zip(axes, a.shape[-len(axes) :], strict=True)
-    return jnp.pad(a, [*front, *((0, size - has) for size, has in more)])
 
 
 def _masks(reset, write, place, shape, frozen_chunk: int):

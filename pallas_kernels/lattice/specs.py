@@ -105,5 +105,6 @@ SPECS = (
     Spec(name="exact", T=11, chunk=4, **BEGUN, **HARD, tags=("fast",)),
     Spec(name="frozen", T=21, chunk=8, frozen=3, **BEGUN, tags=("race",)),
     Spec(name="all_lanes", T=6, chunk=4, **LANES, objective="similarity"),
+    Spec(name="groups", B=2, T=6, H=16, K=128, V=128, chunk=4, frozen=3, resets=(4,)),
     Spec(name="bf16", T=8, chunk=4, frozen=4, **SMALL, objective="encoding"),
 )

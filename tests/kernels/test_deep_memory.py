@@ -57,13 +57,21 @@ def test_no_races_and_no_uninitialised_memory(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [tpu, tpu_vjp])
-def test_a_walk_in_parallel_is_found(module, monkeypatch):
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (tpu, "deep_memory-ragged"),
+        (tpu_vjp, "deep_memory-ragged"),
+        (network_tpu, "deep_network-blocks"),
+        (network_vjp, "deep_network-blocks"),
+    ],
+)
+def test_a_walk_in_parallel_is_found(module, name, monkeypatch):
     parallel = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
-    fake = SimpleNamespace(CompilerParams=lambda **_: parallel)
+    fake = SimpleNamespace(**{**vars(pltpu), "CompilerParams": lambda **_: parallel})
     monkeypatch.setattr(module, "pltpu", fake)
     with pytest.raises(Exception, match="RACE DETECTED|not finite|off, at most"):
-        check(CASES["deep_memory-ragged"], race())
+        check(CASES[name], race())
 
 
 SMALL: dict = {"name": "", "T": 24, "K": 8, "V": 4, "frozen": 4, "state": False}
@@ -236,12 +244,16 @@ def test_more_pairs_than_a_tile_holds_are_refused():
         ({"rates": (1, 32, 1, 1)}, {}, r"rates must be \[1, 32, 2, 1\]"),
         ({"start": (2, 64, 32)}, {}, r"start must be \[2, 64, 64\]"),
         ({"write": (1, 32)}, {}, r"write must be bool \[1, 32\] or \[1, 32, 2\]; given float32"),
+        ({"state": (1, 2)}, {}, r"state.momentum must be \(1, 2, 64, 64\); given None"),
         ({}, {"frozen_chunk": 0}, "frozen_chunk must be at least 1 .*given 0"),
         ({}, {"loss": "l1"}, "loss one of l2, dot; given .*'l1'"),
     ],
 )
 def test_what_does_not_fit_is_told(changes, options, message):
     shapes = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in changes.items()}
+    if "state" in shapes:
+        matrix, place = of_shape(1, 2, 64, 64), shapes["state"]
+        shapes["state"] = reference.State(matrix, None, matrix, place, None, None, None)
     with pytest.raises(ValueError, match=f"deep_memory: .*{message}"):
         shaped(arrays() | shapes, **options)
 
@@ -264,6 +276,12 @@ def of_shape(*shape):
             {},
             NotImplementedError,
             "does not fit a TPU core: layers of widths 64, 9000, 64 in float32; use bfloat16",
+        ),
+        (
+            {"state": network_reference.State(*[None] * 7)},
+            {},
+            ValueError,
+            r"state.weights must be \(\(1, 2, 64, 256\), .*; given None",
         ),
         ({"start": of_shape(2, 64, 64)}, {}, ValueError, "start must be a tuple of two layers"),
         (
