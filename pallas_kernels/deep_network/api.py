@@ -125,7 +125,7 @@ def _plan(size: Sizes, widths, rule: Rule, heads: int, dtype, generation, interp
     # what a window makes, as compiled, with what spills; float32 factors are in three parts
     made = 5 * weights + 44 * rule.bases * (size.rows + rule.front) * sum(widths)
     made *= 1 if dtype == jnp.bfloat16 else 3
-    made *= 2 if small and rule.bases == 3 else 1  # v4 spills more with a start
+    made += 8 * weights if small and rule.bases == 3 else 0  # v4 spills more with a start
     # carried, their gradients behind all, two buffers of those in front
     once = (4 * rule.states + 2 * (rule.bases == 3)) * weights + made
     # two buffers of what rows have, and of coefficients and their gradients
