@@ -103,7 +103,7 @@ class Window:
         self.count = coefficients.shape[1] - rule.sources
         behind = len(k) + windows.EXTRA
         self.tokens, self.extra = coefficients[: len(k)], coefficients[len(k) : behind]
-        self.chosen = coefficients[behind:, : len(self.k)]
+        self.chosen = coefficients[behind:, : len(self.k)] if rule.front else None
         self.columns = jnp.swapaxes(self.extra, 0, 1)
 
     def place(self, row: int, upto: int) -> Place:

@@ -209,11 +209,10 @@ def _of_window(x: Tokens, rule: Rule, frozen_chunk: int):
 
 
 class Flags(NamedTuple):
-    """Numbers 0 or 1. opens: whether the base that runs on is W. The base behind the window: the
-    one that was held in front of it, that of its first tokens, the border's weights, the start."""
+    """Numbers 0 or 1. opens: whether the base that runs on is W. The base behind the window, unless
+    it is the one in front: that of its first tokens, the border's weights, the start."""
 
     opens: jax.Array
-    held: jax.Array
     opened: jax.Array
     crossed: jax.Array
     begun: jax.Array
@@ -224,6 +223,6 @@ def _flags(x: Tokens, live, first, second, like):
     crossed = jnp.any(second & live)
     opened = jnp.any(first) & ~crossed
     runs = live[-1]
-    flags = Flags(x.place == 0, runs & ~opened & ~crossed, runs & opened, runs & crossed, ~runs)
+    flags = Flags(x.place == 0, runs & opened, runs & crossed, ~runs)
     row = jnp.stack(flags).astype(like.dtype)[None]
     return jnp.pad(row, ((0, 0), (0, like.shape[1] - len(flags))))
