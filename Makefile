@@ -1,8 +1,7 @@
 # Each target makes its own virtual environment first; that takes under a second when it is there.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart sweep-demo test test-all test-fast test-slow test-kernels test-optional \
-        test-skypilot test-floor lint docs benchmark constraints \
-        environment clean
+.PHONY: help quickstart sweep-demo test test-all test-fast test-slow test-kernels test-gpu \
+        test-optional test-skypilot test-floor lint docs benchmark constraints environment clean
 
 PYTHON := .venv/bin/python
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
@@ -40,6 +39,11 @@ test-kernels: environment ## all tests of pallas_kernels/; it installs what comp
 	test -d .venv/cuda || $(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \
 	    --no-deps --target .venv/cuda jax-cuda13-plugin jax-cuda13-pjrt
 	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
+
+test-gpu: environment ## the kernels for GPUs on the H100 or H200 at hand, whose jax comes from the cuda13 extra
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(PYTEST) \
+	    tests/kernels/test_gpu.py tests/kernels/test_walks_gpu.py tests/kernels/test_window_attention.py \
+	    -k "values_and_gradients or many_blocks or cells_run_them or cudnn"
 
 test-optional: environment ## the tests that need optional packages, which it installs
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \

@@ -1,11 +1,12 @@
 """Times the kernels on the GPU at hand, beside the plain chunked forms and flash-linear-attention.
 
     python -m pallas_kernels.bench                                  # the six standard shapes
-    python -m pallas_kernels.bench --ops chunk_delta --repeats 50
+    python -m pallas_kernels.bench --ops chunk_delta --shapes 4,2048,16,128 --repeats 50
 
 The shapes are those that flash-linear-attention times its own kernels with, in bfloat16. Its Triton
 kernels are timed too where `pip install flash-linear-attention` has put them beside a torch with
 CUDA. Before anything is timed, outputs and gradients are compared with the token loop in float32.
+Recurrences of channels have H D of them, and attention sees a window of 512 tokens.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from pallas_kernels import tables
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_dplr import reference as dplr
 from pallas_kernels.chunk_linear import reference as linear
-from pallas_kernels.ops import ON_GPU, SLOW, arguments, function
-from pallas_kernels.specs import held
+from pallas_kernels.linear_scan import reference as scan
+from pallas_kernels.ops import ON_GPU, OPS, SLOW, WALKS, answered, arguments, function, windowed
+from pallas_kernels.window_attention import reference as window
+from pallas_kernels.wkv4 import reference as rwkv4
 
 SHAPES = (  # B, T, H, D
     (1, 8192, 96, 128),
@@ -39,8 +42,6 @@ SHAPES = (  # B, T, H, D
     (8, 1024, 8, 64),
 )
 TRIED = (1, 256, 2)  # B, T, H of what is compared before timing, for each D
-CHUNKS = {"none": 64, "head": 64, "channel": 16}  # of the plain forms, for what fits
-HALVES = set("qkvab")  # arrays in bfloat16
 DIRECTIONS = ("forward", "both")
 FORMS = ("ours", "fla", "plain")
 ALLOWED = 0.01  # relative RMS; the tests of the kernels have the exact bounds
@@ -49,6 +50,9 @@ LOOPS = {
     "chunk_linear": linear.sequential,
     "chunk_delta": delta.sequential,
     "chunk_dplr": dplr.sequential,
+    "window_attention": windowed(window.definition),
+    "linear_scan": scan.sequential,
+    "wkv4": rwkv4.sequential,
 }
 PEERS = {
     ("chunk_linear", "none"): ("fla.ops.simple_gla", "chunk_simple_gla"),
@@ -59,6 +63,14 @@ PEERS = {
     ("chunk_delta", "channel"): ("fla.ops.kda", "chunk_kda"),
     ("chunk_dplr", "channel"): ("fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule"),
 }
+# Those without a peer.
+OTHERS = (
+    ("window_attention", "none"),
+    ("linear_scan", "channel"),
+    ("linear_scan", "weighted"),
+    ("wkv4", "channel"),
+)
+CASES = (*PEERS, *OTHERS)
 # Of fla's functions: arrays that have other names there, and what they are told besides.
 RENAMED = {"chunk_dplr": {"g": "gk"}}
 TOLD = {"chunk_dplr": {"safe_gate": True}}  # that no decay is fast, as ours is told
@@ -66,21 +78,24 @@ TOLD = {"chunk_dplr": {"safe_gate": True}}  # that no decay is fast, as ours is 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = sorted({op for op, _ in PEERS})
+    names = sorted({op for op, _ in CASES})
     parser.add_argument("--ops", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_of, default=SHAPES, help="each B,T,H,D with D 64 to 256"
+    )
     parser.add_argument("--repeats", type=int, default=20, help="measurements of each median")
     given = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
     if jax.default_backend() != "gpu":
         sys.exit(f"bench times kernels on a GPU; the platform here is {jax.default_backend()}")
     rows = []
-    for op, decay in [case for case in PEERS if case[0] in given.ops]:
+    for op, decay in [case for case in CASES if case[0] in given.ops]:
         known = forms(op, decay)
         for name, form in known.items():
-            for width in sorted({shape[-1] for shape in SHAPES}):
+            for width in sorted({shape[-1] for shape in given.shapes}):
                 if error := wrong(op, decay, form, (*TRIED, width)):
                     sys.exit(f"{op}, decay {decay}, {name}, D {width}: {error}; nothing is timed")
-        for shape in SHAPES:
+        for shape in given.shapes:
             arrays = drawn(op, decay, shape)
             for direction in DIRECTIONS:
                 row: dict = {"op": op, "decay": decay, "shape": shape, "direction": direction}
@@ -95,6 +110,12 @@ def main():
     written = tables.when(tables.made("jax"))
     print(f"{jax.devices()[0].device_kind}, {written}; ms, medians of {given.repeats}.\n")
     print(table(rows))
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """The four numbers of a shape, separated by commas."""
+    batch, length, heads, width = map(int, text.split(","))
+    return batch, length, heads, width
 
 
 def table(rows: list[dict]) -> str:
@@ -132,10 +153,15 @@ def wrong(op: str, decay: str, form: Callable, shape) -> str:
     def results(form):
         call, _ = form(given, do, "both")
         o, state, (gradients,) = call()
-        found = {"o": o, "state": state} | {f"d{name}": a for name, a in gradients.items()}
-        return {name: in_numpy(a) for name, a in found.items()}
+        named = {"o": o, "state": state} | {f"d{name}": a for name, a in gradients.items()}
+        leaves = jax.tree_util.tree_leaves_with_path(named)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator=" "): in_numpy(a)
+            for path, a in leaves
+        }
 
-    exact, found = results(in_jax(LOOPS[op], dtype=jnp.float32)), results(form)
+    loop = functools.partial(LOOPS[op], **({"weighted": True} if decay == "weighted" else {}))
+    exact, found = results(in_jax(loop, dtype=jnp.float32)), results(form)
     for name, wanted in exact.items():
         error = np.sqrt(np.mean((found[name] - wanted) ** 2) / np.mean(wanted**2))
         if not error <= ALLOWED:
@@ -144,24 +170,25 @@ def wrong(op: str, decay: str, form: Callable, shape) -> str:
 
 
 def drawn(op: str, decay: str, shape) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs by name and the cotangent of o, float32; q, k, v, a, b and that as bfloat16 holds
-    them."""
+    """Inputs by name and the cotangent of o, in bfloat16 where the op takes that, others in
+    float32."""
     rng = np.random.default_rng(0)
-    names = arguments(op, decay, shape, jnp.bfloat16).items()
-    given = {name: rng.standard_normal(a.shape, np.float32) for name, a in names}
-    for name in "qk":
-        given[name] /= np.linalg.norm(given[name], axis=-1, keepdims=True)
-    if "g" in given:
-        given["g"] = -np.logaddexp(0, given["g"] - 2)
+    wanted = arguments(op, decay, shape, jnp.bfloat16)
+    given = {name: rng.standard_normal(a.shape, np.float32) for name, a in wanted.items()}
+    if op not in WALKS:
+        for name in "qk":
+            given[name] /= np.linalg.norm(given[name], axis=-1, keepdims=True)
+    for name in {"g", "w"} & given.keys():
+        given[name] = -np.logaddexp(0, given[name] - 2)
     if "beta" in given:
         given["beta"] = sigmoid(given["beta"])
     if op == "chunk_dplr":  # as in RWKV-7
         given["a"] /= -np.linalg.norm(given["a"], axis=-1, keepdims=True)
         given["b"] = -sigmoid(given["b"]) * given["a"]
         given["g"] = np.maximum(given["g"], SLOW)
-    for name in HALVES & given.keys():
-        given[name] = held(given[name], "bfloat16")
-    return given, held(rng.standard_normal(shape, np.float32), "bfloat16")
+    given = {name: a.astype(wanted[name].dtype) for name, a in given.items()}
+    like = answered(wanted)
+    return given, rng.standard_normal(like.shape, np.float32).astype(like.dtype)
 
 
 def sigmoid(x):
@@ -174,8 +201,10 @@ def sigmoid(x):
 def forms(op: str, decay: str) -> dict[str, Callable]:
     """By name, (inputs, cotangent of o, direction) -> what `timed` takes: what starts a call, and
     what waits for its results. fla's are there where they can run."""
-    ours, plain = ON_GPU[op, decay]
-    found = {"ours": in_jax(ours), "plain": in_jax(plain, chunk=CHUNKS[decay])}
+    ours, plain = (OPS | ON_GPU)[op, decay]
+    found = {"ours": in_jax(ours), "plain": in_jax(plain)}
+    if (op, decay) not in PEERS:
+        return found
     module, name = PEERS[op, decay]
     try:
         torch = importlib.import_module("torch")
@@ -190,35 +219,30 @@ def forms(op: str, decay: str) -> dict[str, Callable]:
     return found | {"fla": in_torch(torch, peer, RENAMED.get(op, {}))}
 
 
-def in_jax(run, dtype=jnp.bfloat16, **options) -> Callable:
+def in_jax(run, dtype=None) -> Callable:
+    """dtype: that all arrays are converted to; None leaves each its own."""
+
     def form(given, do, direction):
-        arrays = {
-            name: jnp.asarray(a, dtype if name in HALVES else jnp.float32)
-            for name, a in given.items()
-        }
-        do = jnp.asarray(do, dtype)
-        call = jax.jit(function(run, direction, **options))
-        arguments = (arrays,) if direction == "forward" else (arrays, do)
+        arrays = {name: jnp.asarray(a, dtype) for name, a in given.items()}
+        call = jax.jit(function(run, direction))
+        arguments = (arrays,) if direction == "forward" else (arrays, jnp.asarray(do, dtype))
         return functools.partial(call, *arguments), jax.block_until_ready
 
     return form
 
 
 def in_torch(torch, run, renamed: dict[str, str]) -> Callable:
+    def tensor(a):
+        dtype = torch.float32 if a.dtype == np.float32 else torch.bfloat16
+        return torch.tensor(a.astype(np.float32), device="cuda", dtype=dtype)
+
     def form(given, do, direction):
         both = direction == "both"
-
-        def tensor(a, dtype):
-            return torch.tensor(a, device="cuda", dtype=dtype)
-
-        tensors = {
-            name: tensor(a, torch.bfloat16 if name in HALVES else torch.float32)
-            for name, a in given.items()
-        }
+        tensors = {name: tensor(a) for name, a in given.items()}
         for a in tensors.values():
             a.requires_grad_(both)
         named = {renamed.get(name, name): a for name, a in tensors.items()}
-        do = tensor(do, torch.bfloat16)
+        do = tensor(do)
 
         def call():
             o, state = run(**named, output_final_state=True)

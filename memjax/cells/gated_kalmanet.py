@@ -159,7 +159,7 @@ class GatedKalmaNet(MemoryCell):
             asked = lax.optimization_barrier(dot("jk,kl->jl", k, state.h))
             crossing = between * jnp.square(dot("ik,jk->ij", k, k))
             added = 2 * since[:, 0] * jnp.sum(k * asked, axis=1)
-            added = added + jnp.sum((2 - jnp.eye(size)) * crossing, axis=1)
+            added = added + jnp.sum((2 - jnp.eye(size, dtype=dtype)) * crossing, axis=1)
             square = jnp.square(since[:, 0]) * jnp.sum(jnp.square(state.h))
             square = square + dot("ij,j->i", jnp.square(between), added)
             q = q + alpha * (self._solve(multiply, square, q) - q)

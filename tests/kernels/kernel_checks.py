@@ -1,5 +1,6 @@
 """What every kernel must satisfy: values and all gradients against its reference in float64."""
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -10,9 +11,28 @@ import numpy as np
 import pytest
 
 from memjax.typing import fields
+from pallas_kernels import interpreted
 from pallas_kernels.specs import Spec, held
 
 HALF = "bfloat16"
+
+
+needs_gpu = pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs a GPU that is jax's default (make test-gpu)"
+)
+
+
+def running(platform: str, how):
+    """Within it kernels run on this platform, where it is jax's default here, or else as
+    `interpreted` runs them."""
+    here = jax.default_backend() == platform
+    return contextlib.nullcontext() if here else interpreted(platform, how)
+
+
+def on_cpu():
+    """Within it arrays and what is made of them are on the CPU, as references are, wherever kernels
+    run."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 class Case(NamedTuple):
@@ -128,7 +148,7 @@ def check(op, sequential, chunked, spec: Spec) -> None:
 @functools.lru_cache(maxsize=2)  # the cases of planted mistakes are few
 def expected(sequential, chunked, spec: Spec) -> tuple[dict[str, Any], ...]:
     """What `assert_within` takes besides what was found."""
-    with contract.x64(True):
+    with on_cpu(), contract.x64(True):
         exact = results(heads_repeated(sequential), spec, jnp.float64)
         allowed = dict.fromkeys(exact, 0.0)
         if spec.keys != "random":
@@ -136,7 +156,8 @@ def expected(sequential, chunked, spec: Spec) -> tuple[dict[str, Any], ...]:
             moved = results(heads_repeated(sequential), spec, jnp.float64, longer)
             allowed = {name: distance(moved[name], exact[name]) for name in exact}
     plain = chunked if spec.dtype == HALF else sequential
-    own = results(heads_repeated(plain), spec, jnp.dtype(spec.dtype))
+    with on_cpu():
+        own = results(heads_repeated(plain), spec, jnp.dtype(spec.dtype))
     return own, exact, allowed
 
 

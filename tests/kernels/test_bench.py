@@ -1,5 +1,6 @@
 """The benchmark of the kernels, as far as it goes without a GPU."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,11 +54,14 @@ def test_a_measurement_is_of_many_calls(monkeypatch):
 
 @pytest.mark.slow
 @needs_interpreter
-@pytest.mark.parametrize("case", bench.PEERS, ids="-".join)
+@pytest.mark.parametrize("case", bench.CASES, ids="-".join)
 @pytest.mark.parametrize("form", ["ours", "plain"])
 def test_what_is_right_is_timed(case, form):
+    """cuDNN cannot be interpreted."""
+    if (form, case[0]) == ("ours", "window_attention"):
+        pytest.skip("cuDNN needs a GPU")
     with interpreted("gpu", gpu_interpreter()):
-        assert not bench.wrong(*case, bench.forms(*case)[form], (1, 64, 1, 64))
+        assert not bench.wrong(*case, bench.forms(*case)[form], (1, 128, 1, 64))
 
 
 def test_what_is_wrong_is_not_timed():
@@ -67,23 +71,23 @@ def test_what_is_wrong_is_not_timed():
         return ops.OPS[case][1](q, k, jnp.roll(v, 1, axis=1), g, chunk=64)
 
     error = bench.wrong(*case, bench.in_jax(shifted), (1, 64, 1, 64))
-    assert error.startswith("o is ") and error.endswith("off, at most 0.01")
+    assert re.fullmatch(r"(d[gkqv]|o|state) is .* off, at most 0.01", error)
 
 
 @pytest.mark.slow
 @needs_interpreter
 def test_the_whole_command(monkeypatch, capsys):
-    small = (1, 64, 1, 64)
-    for name, value in {"SHAPES": (small,), "TRIED": small[:3], "LEAST": 0}.items():
+    for name, value in {"TRIED": (1, 128, 1), "LEAST": 0}.items():
         monkeypatch.setattr(bench, name, value)
+    command = ["--shapes", "1,128,1,64", "--repeats", "1"]
     monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(sys, "argv", ["bench", "--ops", "chunk_linear", "--repeats", "1"])
+    monkeypatch.setattr(sys, "argv", ["bench", "--ops", "chunk_linear", *command])
     with interpreted("gpu", gpu_interpreter()):
         bench.main()
     head, _, *lines = capsys.readouterr().out.strip().splitlines()
     assert head.startswith("cpu, on ") and head.endswith("medians of 1.")
     assert [line.split(" | ")[:4] for line in lines[2:]] == [
-        ["| chunk_linear", decay, "1, 64, 1, 64", direction]
+        ["| chunk_linear", decay, "1, 128, 1, 64", direction]
         for decay in ("none", "head", "channel")
         for direction in bench.DIRECTIONS
     ]

@@ -1,5 +1,5 @@
-"""Kernels for Hopper: against their references by the GPU interpreter, which looks for races, and
-as lowered, both on a machine without a GPU."""
+"""Kernels for Hopper: against their references, on the GPU at hand or, without one, by the GPU
+interpreter, which looks for races; and as lowered."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from test_ops import CELLS
 import memjax
 from memjax import cost
 from memjax.cells.dplr import DPLR
-from pallas_kernels import chunk_delta, chunk_dplr, chunk_linear, common, interpreted, ops
+from pallas_kernels import bench, chunk_delta, chunk_dplr, chunk_linear, common, interpreted, ops
 from pallas_kernels.chunk_delta import reference as delta
 from pallas_kernels.chunk_delta import specs as delta_specs
 from pallas_kernels.chunk_dplr import reference as dplr
@@ -56,7 +56,7 @@ def check(case):
     op, reference, _ = OPS[case.op]
     if case.spec.lowest is not None:
         op = partial(op, lowest=case.spec.lowest)
-    with interpreted("gpu", RACE):
+    with kernel_checks.running("gpu", RACE):
         kernel_checks.check(op, reference.sequential, plain(reference, case.spec.T), case.spec)
 
 
@@ -75,6 +75,20 @@ def plain(reference, length):
 @pytest.mark.parametrize("case", kernel_checks.marked(CASES))
 def test_values_and_gradients(case):
     check(case)
+
+
+@pytest.mark.slow
+@kernel_checks.needs_gpu
+@pytest.mark.parametrize("width", common.WIDTHS)
+@pytest.mark.parametrize("case", ops.ON_GPU, ids="-".join)
+def test_many_blocks_at_once(case, width):
+    """64 rows of 1000 tokens and more are right, to the bit the same each time."""
+    form, shape = bench.in_jax(ops.ON_GPU[case][0]), (4, 1000, 16, width)
+    assert not bench.wrong(*case, form, shape)
+    call, _ = form(*bench.drawn(*case, shape), "both")
+    first = jax.device_get(call())
+    for _ in range(5):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(call()), first)
 
 
 SMALL = {
@@ -300,7 +314,7 @@ def test_cells_run_them(name):
     if name == "dplr":  # with decays as slow as RWKV-7's
         cell, xs = DPLR(64, 64, lowest=-0.607), xs._replace(g=jnp.maximum(xs.g, -0.607))
     wanted = memjax.run(cell, {}, xs, **given, implementation="scan")
-    with interpreted("gpu", RACE):
+    with kernel_checks.running("gpu", RACE):
         found = memjax.run(cell, {}, xs, **given, implementation="pallas")
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype

@@ -77,13 +77,14 @@ def check(case, how=True, platform="tpu") -> None:
     sums that are only read, are sums of terms of size 1 that cancel: at most 1e-5 off."""
     op, reference, _ = OPS[case.op]
     spec = case.spec
-    with contract.x64(True):
+    with kernel_checks.on_cpu(), contract.x64(True):
         exact = results(reference.sequential, spec, jnp.float64)
     half = spec.dtype == kernel_checks.HALF
     size = max(n for n in (1, 4, 8) if spec.T % n == 0)
     plain = partial(reference.chunked, chunk=size) if half else reference.sequential
-    own = results(plain, spec, jnp.dtype(spec.dtype))
-    with interpreted(platform, how):
+    with kernel_checks.on_cpu():
+        own = results(plain, spec, jnp.dtype(spec.dtype))
+    with kernel_checks.running(platform, how):
         found = results(op, spec, jnp.dtype(spec.dtype))
     for name in [name for name, wanted in exact.items() if np.abs(wanted).max() < 1e-12]:
         error = np.abs(found.pop(name)).max()
@@ -333,7 +334,7 @@ def outcome(cell, form, xs, given, platform="tpu", how=True):
     state = given["state"]
     if state is not None:
         state = {n: a for n, a in state._asdict().items() if a.dtype == np.float32}
-    with interpreted(platform, how):
+    with kernel_checks.running(platform, how):
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(xs, state)
 
 

@@ -1,5 +1,5 @@
-"""Recurrences without products on Hopper: against their references by the GPU interpreter, which
-looks for races, and as lowered, both on a machine without a GPU."""
+"""Recurrences without products on Hopper: against their references, on the GPU at hand or, without
+one, by the GPU interpreter, which looks for races; and as lowered."""
 
 import dataclasses
 import os

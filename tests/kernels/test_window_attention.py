@@ -56,12 +56,14 @@ def check(op, spec: Spec) -> None:
     """The bounds of `kernel_checks.check`. Gradients that are zero, where a query sees one token or
     equal keys, are sums of terms of size 1 that cancel: at most 1e-5 off."""
     half = spec.dtype == kernel_checks.HALF
-    with contract.x64(True):
+    plain = reference.blocked if half else reference.definition
+    with kernel_checks.on_cpu(), contract.x64(True):
         exact = results(reference.definition, spec, jnp.float64)
         allowed = dict.fromkeys(exact, 0.0)
         if half and spec.norm > 1:
             allowed |= rounding_of_o(spec, exact)
-    own = results(reference.blocked if half else reference.definition, spec, jnp.dtype(spec.dtype))
+    with kernel_checks.on_cpu():
+        own = results(plain, spec, jnp.dtype(spec.dtype))
     found = results(op, spec, jnp.dtype(spec.dtype))
     for name in [name for name, wanted in exact.items() if np.abs(wanted).max() < 1e-12]:
         assert np.abs(found.pop(name)).max() < 1e-5, f"{spec}: {name}"
@@ -179,6 +181,12 @@ def test_what_cudnn_is_given(name, monkeypatch):
     )
     assert asked == ["cudnn"]
     np.testing.assert_allclose(found, exact, atol=1e-5)
+
+
+@kernel_checks.needs_gpu
+@pytest.mark.parametrize("name", ["bf16", "bf16_one_token", "bf16_groups", "bf16_long_keys"])
+def test_cudnn(name):
+    check(window_attention, NAMED[name])
 
 
 # ---------------------------------------------------------------- refusals
