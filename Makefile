@@ -40,7 +40,9 @@ test-kernels: environment ## all tests of pallas_kernels/; it installs what comp
 	    --no-deps --target .venv/cuda jax-cuda13-plugin jax-cuda13-pjrt
 	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
 
-test-gpu: environment ## the kernels for GPUs on the H100 or H200 at hand, whose jax comes from the cuda13 extra
+test-gpu: environment ## the kernels for GPUs on the H100 or H200 at hand
+	@JAX_PLATFORMS=cuda $(PYTHON) -c "import jax; jax.devices()" 2>/dev/null || { echo "test-gpu needs a GPU and \
+jax's plugin for it: $(PYTHON) -m pip install -e '.[cuda13]'"; exit 1; }
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(PYTEST) \
 	    tests/kernels/test_gpu.py tests/kernels/test_walks_gpu.py tests/kernels/test_window_attention.py \
 	    -k "values_and_gradients or many_blocks or cells_run_them or cudnn"
