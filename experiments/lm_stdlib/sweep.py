@@ -2,7 +2,7 @@
 
     python -m memjax.sweep --sweep=experiments/lm_stdlib/sweep.py --jobs=2
 
-Two layers, 150,000 parameters, 500 steps of 4 x 256 bytes of the standard library's sources, three
+Two layers, 150,000 parameters, 300 steps of 4 x 256 bytes of the standard library's sources, three
 seeds.
 """
 
@@ -14,6 +14,7 @@ from memjax.progress import human
 from memjax.trials import Trial
 
 SEEDS = (0, 1, 2)
+STEPS = 300
 HYBRIDS = {
     "window and gated_delta_net": "hybrid(sliding_window, gated_delta_net)",
     "bmojo(gated_delta_net)": "bmojo(gated_delta_net)",
@@ -27,7 +28,10 @@ MODELS = {cell: cell for cell in memjax.cells.names()} | HYBRIDS
 
 def trials():
     return [
-        Trial({"model": model, "seed": seed}, f"configs/lm_stdlib.py:{mixer},seed={seed}")
+        Trial(
+            {"model": model, "seed": seed},
+            f"configs/lm_stdlib.py:{mixer},seed={seed},steps={STEPS}",
+        )
         for seed in SEEDS
         for model, mixer in MODELS.items()
         if seed == SEEDS[0] or model not in SLOW
@@ -58,5 +62,5 @@ def draw(rows):
     figure = Figure(figsize=(7, 0.28 * len(groups) + 1.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     results.draw_points(axes, groups, "bits_per_byte")
-    axes.set_xlabel("held-out bits per byte after 500 steps, a point a seed, bar: mean")
+    axes.set_xlabel(f"held-out bits per byte after {STEPS} steps, a point a seed, bar: mean")
     return figure

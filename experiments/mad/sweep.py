@@ -16,7 +16,7 @@ TASKS = (
     "in_context_recall", "noisy_recall", "fuzzy_recall", "selective_copy", "compression",
     "memorization",
 )  # fmt: skip
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 STEPS = 600
 
 
