@@ -1,7 +1,7 @@
 # Each target makes its own virtual environment first; that takes under a second when it is there.
 .DEFAULT_GOAL := help
 .PHONY: help quickstart sweep-demo test test-all test-fast test-slow test-kernels test-gpu \
-        test-optional test-skypilot test-floor lint docs benchmark constraints environment clean
+        test-tpu test-optional test-skypilot test-floor lint docs benchmark constraints environment clean
 
 PYTHON := .venv/bin/python
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
@@ -41,11 +41,17 @@ test-kernels: environment ## all tests of pallas_kernels/; it installs what comp
 	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
 
 test-gpu: environment ## the kernels for GPUs on the H100 or H200 at hand
-	@JAX_PLATFORMS=cuda $(PYTHON) -c "import jax; jax.devices()" 2>/dev/null || { echo "test-gpu needs a GPU and \
-jax's plugin for it: $(PYTHON) -m pip install -e '.[cuda13]'"; exit 1; }
+	@JAX_PLATFORMS=cuda $(PYTHON) -c "import jax; jax.devices()" 2>/dev/null || { echo \
+	    "test-gpu needs a GPU and jax's plugin: $(PYTHON) -m pip install -e '.[cuda13]'"; exit 1; }
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(PYTEST) \
 	    tests/kernels/test_gpu.py tests/kernels/test_walks_gpu.py tests/kernels/test_window_attention.py \
 	    -k "values_and_gradients or many_blocks or cells_run_them or cudnn"
+
+test-tpu: environment ## the kernels for TPUs on the TPU at hand
+	@JAX_PLATFORMS=tpu $(PYTHON) -c "import jax; jax.devices()" 2>/dev/null || { echo \
+	    "test-tpu needs a TPU and jax's plugin: $(PYTHON) -m pip install -e '.[tpu]'"; exit 1; }
+	JAX_PLATFORMS=tpu,cpu $(PYTHON) -m pytest $(ARGS) tests/kernels/test_*.py \
+	    -k "values_and_gradients and not gpu or splash_attention"
 
 test-optional: environment ## the tests that need optional packages, which it installs
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \

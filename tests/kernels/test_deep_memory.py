@@ -41,7 +41,7 @@ def check(case, how=True):
     spec, flat, (op, source, _) = case.spec, FLAT[case.op], OPS[case.op]
     options = {} if spec.chunk is None else {"chunk": spec.chunk}
     op, loop = flat(op, spec, **options), flat(source.sequential, spec)
-    with interpreted("tpu", how):
+    with kernel_checks.running("tpu", how):
         kernel_checks.check(op, loop, loop, spec)
 
 

@@ -26,7 +26,7 @@ CASES = kernel_checks.cases({"gka": (gka, reference, SPECS)})
 def check(case, how=True):
     spec = case.spec
     size = max(n for n in (1, 8, 32) if spec.T % n == 0)
-    with interpreted("tpu", how):
+    with kernel_checks.running("tpu", how):
         kernel_checks.check(
             flat(gka, spec, chunk=spec.chunk),
             flat(reference.sequential, spec),

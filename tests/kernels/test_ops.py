@@ -64,7 +64,7 @@ CASES = kernel_checks.cases(OPS)
 def check(case, how=True):
     op, reference, _ = OPS[case.op]
     size = max(n for n in (1, 8, 32) if case.spec.T % n == 0)
-    with interpreted("tpu", how):
+    with kernel_checks.running("tpu", how):
         kernel_checks.check(
             partial(op, chunk=case.spec.chunk),
             reference.sequential,

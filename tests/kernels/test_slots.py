@@ -28,7 +28,7 @@ def check(case, how=True):
     """`kernel_checks.check`; in bfloat16 the plain form is the token loop with float32 sums."""
     spec = case.spec
     op, loop = flat(lattice, spec, chunk=spec.chunk), flat(reference.sequential, spec)
-    with interpreted("tpu", how):
+    with kernel_checks.running("tpu", how):
         kernel_checks.check(op, loop, loop, spec)
 
 

@@ -87,7 +87,7 @@ def rounding_of_o(spec: Spec, exact) -> dict[str, float]:
 
 @EACH
 def test_splash_attention(spec):
-    with interpreted():
+    with kernel_checks.running("tpu", True):
         check(partial(window_attention, block=spec.block), spec)
 
 
