@@ -74,23 +74,33 @@ def test_what_is_wrong_is_not_timed():
     assert re.fullmatch(r"(d[gkqv]|o|state) is .* off, at most 0.01", error)
 
 
-@pytest.mark.slow
-@needs_interpreter
 def test_the_whole_command(monkeypatch, capsys):
-    for name, value in {"TRIED": (1, 128, 1), "LEAST": 0}.items():
+    """With plain forms in the place of kernels, and a peer that refuses."""
+
+    def refuses(*given):
+        raise RuntimeError("known to be wrong")
+
+    def forms(op, decay):
+        plain = bench.in_jax(ops.OPS[op, decay][1])
+        return {"ours": plain, "plain": plain, "fla": refuses}
+
+    for name, value in {"TRIED": (1, 128, 1), "LEAST": 0, "forms": forms}.items():
         monkeypatch.setattr(bench, name, value)
-    command = ["--shapes", "1,128,1,64", "--repeats", "1"]
+    command = "bench --ops chunk_linear --shapes 1,128,1,64 --repeats 1 --forms ours fla"
     monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(sys, "argv", ["bench", "--ops", "chunk_linear", *command])
-    with interpreted("gpu", gpu_interpreter()):
-        bench.main()
-    head, _, *lines = capsys.readouterr().out.strip().splitlines()
+    monkeypatch.setattr(sys, "argv", command.split())
+    bench.main()
+    written = capsys.readouterr()
+    head, _, *lines = written.out.strip().splitlines()
     assert head.startswith("cpu, on ") and head.endswith("medians of 1.")
-    assert [line.split(" | ")[:4] for line in lines[2:]] == [
-        ["| chunk_linear", decay, "1, 128, 1, 64", direction]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[:4] for row in rows] == [
+        ["chunk_linear", decay, "1, 128, 1, 64", direction]
         for decay in ("none", "head", "channel")
         for direction in bench.DIRECTIONS
     ]
+    assert all(float(row[4]) > 0 and row[5:] == ["", "", ""] for row in rows)
+    assert "chunk_linear, decay head, without fla: known to be wrong" in written.err
 
 
 def gpu_interpreter():
