@@ -113,8 +113,10 @@ def main():
 
 def shape_of(text: str) -> tuple[int, ...]:
     """The four numbers of a shape, separated by commas."""
-    batch, length, heads, width = map(int, text.split(","))
-    return batch, length, heads, width
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(map(str.isdecimal, numbers)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,H,D, such as 4,2048,16,128")
+    return tuple(map(int, numbers))
 
 
 def table(rows: list[dict]) -> str:

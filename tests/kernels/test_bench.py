@@ -27,6 +27,14 @@ def test_without_a_gpu_it_says_so():
     assert done.stderr.strip() == "bench times kernels on a GPU; the platform here is cpu"
 
 
+@pytest.mark.parametrize("text", ["4,2048,16", "4,2048,16,x", "4 2048 16 128"])
+def test_a_shape_has_four_numbers(text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--shapes", text])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert f"'{text}' is not B,T,H,D, such as 4,2048,16,128" in capsys.readouterr().err
+
+
 def test_the_table():
     case = {"op": "chunk_linear", "decay": "head", "shape": (2, 64, 4, 128)}
     rows = [
