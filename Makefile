@@ -40,18 +40,19 @@ test-kernels: environment ## all tests of pallas_kernels/; it installs what comp
 	    --no-deps --target .venv/cuda jax-cuda13-plugin jax-cuda13-pjrt
 	$(CPU) $(PYTHON) $(PYTEST) tests/kernels
 
+# Ends in one line where jax finds no such device. $(call needs,PLATFORM,EXTRA)
+needs = JAX_PLATFORMS=$(1) $(PYTHON) -c "import jax; jax.devices()" 2>/dev/null || { echo \
+    "$@ finds no $(1) device; jax's plugin for it: $(PYTHON) -m pip install -e '.[$(2)]'"; exit 1; }
+
 test-gpu: environment ## the kernels for GPUs on the H100 or H200 at hand
-	@JAX_PLATFORMS=cuda $(PYTHON) -c "import jax; jax.devices()" 2>/dev/null || { echo \
-	    "test-gpu needs a GPU and jax's plugin: $(PYTHON) -m pip install -e '.[cuda13]'"; exit 1; }
-	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(PYTEST) \
-	    tests/kernels/test_gpu.py tests/kernels/test_walks_gpu.py tests/kernels/test_window_attention.py \
-	    -k "values_and_gradients or many_blocks or cells_run_them or cudnn"
+	@$(call needs,cuda,cuda13)
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) $(PYTEST) tests/kernels \
+	    -k "gpu and (values_and_gradients or many_blocks or cells_run_them) or cudnn"
 
 test-tpu: environment ## the kernels for TPUs on the TPU at hand
-	@JAX_PLATFORMS=tpu $(PYTHON) -c "import jax; jax.devices()" 2>/dev/null || { echo \
-	    "test-tpu needs a TPU and jax's plugin: $(PYTHON) -m pip install -e '.[tpu]'"; exit 1; }
-	JAX_PLATFORMS=tpu,cpu $(PYTHON) -m pytest $(ARGS) tests/kernels/test_*.py \
-	    -k "values_and_gradients and not gpu or splash_attention"
+	@$(call needs,tpu,tpu)
+	JAX_PLATFORMS=tpu,cpu $(PYTHON) -m pytest $(ARGS) tests/kernels \
+	    -k "not gpu and values_and_gradients or splash_attention"
 
 test-optional: environment ## the tests that need optional packages, which it installs
 	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt \

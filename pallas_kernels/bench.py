@@ -64,14 +64,7 @@ PEERS = {
     ("chunk_delta", "channel"): ("fla.ops.kda", "chunk_kda"),
     ("chunk_dplr", "channel"): ("fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule"),
 }
-# Those without a peer.
-OTHERS = (
-    ("window_attention", "none"),
-    ("linear_scan", "channel"),
-    ("linear_scan", "weighted"),
-    ("wkv4", "channel"),
-)
-CASES = (*PEERS, *OTHERS)
+CASES = (*ON_GPU, ("window_attention", "none"))
 # Of fla's functions: arrays that have other names there, and what they are told besides.
 RENAMED = {"chunk_dplr": {"g": "gk"}}
 TOLD = {"chunk_dplr": {"safe_gate": True}}  # that no decay is fast, as ours is told
@@ -154,7 +147,7 @@ def right(op: str, decay: str, names: Container[str], widths: list[int]) -> dict
         if name in names:
             try:
                 errors = {width: wrong(op, decay, form, (*TRIED, width)) for width in widths}
-            except RuntimeError as reason:  # fla's for what it knows to be wrong on this GPU
+            except RuntimeError as reason:  # what fla knows to be wrong on this GPU, too
                 print(f"{op}, decay {decay}, without {name}: {reason}", file=sys.stderr)
                 continue
             for width in filter(errors.get, errors):
